@@ -1,0 +1,257 @@
+"""The Gaussian diffusion of Ho et al. 2020 (arXiv 2006.11239): its tables, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .schedules import named_betas
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+class GaussianDiffusion:
+    """Everything that follows from the betas of a forward process.
+
+    The tables are float64 tensors ``[T]`` on the CPU and are rounded once, when a kernel's table
+    is made of them. Timesteps count from 0 to T - 1, and ``alphas_cumprod_prev[0]`` is 1.
+
+    Args:
+        betas: ``[T]``, each in (0, 1]; the linear schedule 1e-4 ... 0.02 of T = 1000 by default.
+        prediction_type: what the network predicts: ``epsilon`` the noise, ``sample`` x_start,
+            ``v_prediction`` sqrt(abar) eps - sqrt(1 - abar) x_start (Salimans & Ho 2022).
+        variance_type: the reverse process's sigma_t^2: ``fixed_small`` is the posterior's
+            variance, ``fixed_large`` is beta_t, ``learned`` reads a log-variance from a second
+            set of output channels, ``learned_range`` an interpolation between the two logs
+            (Nichol & Dhariwal 2021, eq. 15). None chooses by the chain's length: ``fixed_large``
+            for all T steps, ``fixed_small`` for fewer (Song et al. 2021, Table 1).
+        clip_denoised: clamp the predicted x_start to [-1, 1] in every step.
+
+    Raises:
+        ValueError: betas that are empty, not finite or outside (0, 1]; an unknown option.
+    """
+
+    def __init__(
+        self,
+        betas: Tensor | None = None,
+        *,
+        prediction_type: str = "epsilon",
+        variance_type: str | None = None,
+        clip_denoised: bool = True,
+    ) -> None:
+        _check_option("prediction_type", prediction_type, PREDICTION_TYPES)
+        if variance_type is not None:
+            _check_option("variance_type", variance_type, VARIANCE_TYPES)
+        self.prediction_type = prediction_type
+        self.variance_type = variance_type
+        self.clip_denoised = clip_denoised
+        self._schedule: dict[str, Any] | None = None
+        if betas is None:
+            self._schedule = {"beta_schedule": "linear", "num_timesteps": 1000}
+            betas = named_betas("linear", 1000)
+        self._build_tables(_checked_betas(betas))
+
+    def _build_tables(self, betas: Tensor) -> None:
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
+
+        # q(x_{t-1} | x_t, x_0): Ho et al. 2020, eqs. 6 and 7
+        prev, abar = self.alphas_cumprod_prev, self.alphas_cumprod
+        self.posterior_variance = betas * (1 - prev) / (1 - abar)
+        # The variance is 0 at t = 0, so its logarithm copies index 1 there.
+        floor = self.posterior_variance[1:2] if len(betas) > 1 else betas[:1]
+        self.posterior_log_variance_clipped = torch.cat([floor, self.posterior_variance[1:]]).log()
+        self.posterior_mean_coef1 = betas * prev.sqrt() / (1 - abar)
+        self.posterior_mean_coef2 = (1 - prev) * (1 - betas).sqrt() / (1 - abar)
+
+        self._forward_rows = torch.stack(
+            [self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], dim=1
+        )
+        self._forward_rows_on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def from_schedule(
+        cls,
+        beta_schedule: str = "linear",
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        **options: Any,
+    ) -> GaussianDiffusion:
+        """A diffusion with the betas of :func:`ddpm_fast.schedules.named_betas`."""
+        ends = {"beta_start": beta_start, "beta_end": beta_end}
+        diffusion = cls(named_betas(beta_schedule, num_timesteps, **ends), **options)
+        diffusion._schedule = {
+            "beta_schedule": beta_schedule,
+            "num_timesteps": num_timesteps,
+            **ends,
+        }
+        return diffusion
+
+    def config(self) -> dict[str, Any]:
+        """A JSON-able description from which :meth:`from_config` builds the same diffusion."""
+        return {
+            **(self._schedule or {"betas": self.betas.tolist()}),
+            "prediction_type": self.prediction_type,
+            "variance_type": self.variance_type,
+            "clip_denoised": self.clip_denoised,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GaussianDiffusion:
+        """The inverse of :meth:`config`."""
+        options = dict(config)
+        if "betas" in options:
+            betas = torch.tensor(options.pop("betas"), dtype=torch.float64)
+            return cls(betas, **options)
+        return cls.from_schedule(**options)
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        *,
+        seed: int | None = None,
+        sample_index: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Diffuse ``x_start`` to timestep ``t``: sqrt(abar_t) x_start + sqrt(1 - abar_t) noise.
+
+        Ho et al. 2020, eq. 4.
+
+        Args:
+            x_start: ``[N, C, ...]``, in [-1, 1].
+            t: int64 ``[N]`` (or ``[]``), each in [0, T - 1].
+            noise: ``[N, C, ...]``; drawn from the counter where it is not given.
+            seed: the run's seed in [0, 2**64); drawn from torch's global generator by default.
+            sample_index: int64 ``[N]``, each sample's index in the whole run; 0 ... N - 1 by
+                default. The noise is a function of (seed, sample_index, t, element) alone.
+            backend: ``auto``, ``native`` or ``reference``.
+
+        Returns:
+            x_t and the noise in it, both like ``x_start``.
+
+        Raises:
+            ValueError, TypeError, IndexError: see :func:`ddpm_fast.ops.q_sample`.
+        """
+        rows = self._forward_rows_for(x_start)
+        if noise is not None:
+            return ops.q_sample(x_start, t, rows, noise=noise, backend=backend)
+        if sample_index is None:
+            sample_index = torch.arange(len(x_start), device=x_start.device)
+        seed_tensor = ops.seed_tensor(seed, x_start.device)
+        return ops.q_sample(
+            x_start, t, rows, seed=seed_tensor, sample_index=sample_index, backend=backend
+        )
+
+    def q_step(self, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """One forward step, q(x_t | x_{t-1}): sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise.
+
+        Ho et al. 2020, eq. 2. ``x_prev`` and ``noise`` are ``[N, C, ...]``, ``t`` int64 ``[N]``.
+        """
+        keep = _at(1 - self.betas, t, x_prev).sqrt()
+        return keep * x_prev + _at(self.betas, t, x_prev).sqrt() * noise
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0).
+
+        Ho et al. 2020, eqs. 6 and 7. ``x_start`` and ``x_t`` are ``[N, C, ...]``, ``t`` int64
+        ``[N]``; the mean is like ``x_t``, the other two broadcast against it.
+        """
+        coef1 = _at(self.posterior_mean_coef1, t, x_t)
+        coef2 = _at(self.posterior_mean_coef2, t, x_t)
+        variance = _at(self.posterior_variance, t, x_t)
+        log_variance = _at(self.posterior_log_variance_clipped, t, x_t)
+        return coef1 * x_start + coef2 * x_t, variance, log_variance
+
+    def predict_xstart(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
+        """The x_start that a model's output stands for, before any clamp.
+
+        For epsilon: (x_t - sqrt(1 - abar) eps) / sqrt(abar), Ho et al. 2020, eq. 15; for
+        v_prediction: sqrt(abar) x_t - sqrt(1 - abar) v, Salimans & Ho 2022, appendix D. All
+        tensors ``[N, C, ...]``, ``t`` int64 ``[N]``.
+        """
+        from_xt, from_out = self.xstart_coefs()
+        return _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output
+
+    def xstart_coefs(self) -> tuple[Tensor, Tensor]:
+        """float64 ``[T]`` each: x_start = first[t] x_t + second[t] model_output."""
+        if self.prediction_type == "epsilon":
+            return self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
+        if self.prediction_type == "sample":
+            return torch.zeros_like(self.betas), torch.ones_like(self.betas)
+        return self.sqrt_alphas_cumprod, -self.sqrt_one_minus_alphas_cumprod
+
+    def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should output for ``q_sample(x_start, t, noise)``; like ``x_start``."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x_start
+        signal = _at(self.sqrt_alphas_cumprod, t, x_start)
+        return signal * noise - _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        seed: int | None = None,
+        sample_index: Tensor | None = None,
+    ) -> Tensor:
+        """L_simple of each sample, ``[N]``: the mean squared error to :meth:`training_target`.
+
+        Ho et al. 2020, eq. 14, averaged over elements. Arguments as for :meth:`q_sample`;
+        ``model`` is called as ``model(x_t, t, **model_kwargs)``.
+
+        Raises:
+            ValueError: the variance is learned, for which L_simple alone gives no gradient.
+        """
+        if self.variance_type in ("learned", "learned_range"):
+            raise ValueError(f"L_simple does not train a {self.variance_type} variance")
+        x_t, noise = self.q_sample(x_start, t, noise, seed=seed, sample_index=sample_index)
+        output = model(x_t, t, **(model_kwargs or {}))
+        target = self.training_target(x_start, t, noise)
+        return (output.float() - target.float()).square().flatten(1).mean(dim=1)
+
+    def _forward_rows_for(self, x_start: Tensor) -> Tensor:
+        key = x_start.device, ops.compute_dtype(x_start.dtype)
+        if key not in self._forward_rows_on:
+            self._forward_rows_on[key] = self._forward_rows.to(*key)
+        return self._forward_rows_on[key]
+
+
+def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    values = table.to(device=like.device, dtype=like.dtype)[t]
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _checked_betas(betas: Tensor) -> Tensor:
+    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
+    if betas.dim() != 1 or len(betas) == 0:
+        raise ValueError(f"betas must be a non-empty vector; got shape {list(betas.shape)}")
+    # NaN fails every comparison, so it is refused here too.
+    if not bool(((betas > 0) & (betas <= 1)).all()):
+        raise ValueError("betas must be finite and lie in (0, 1]")
+    return betas
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
