@@ -1,0 +1,193 @@
+// Argument checks. Each sentence stands a second time in ddpm_fast/checks.py, for the backend that
+// has no extension, and tests/test_errors.py holds the two together.
+#pragma once
+
+#include <torch/library.h>
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "layout.h"
+
+namespace ddpm_fast {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Argument {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Argument& a) {
+  return out << a.op << ": " << a.name;
+}
+
+inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+inline at::ScalarType compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline bool is_state_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+inline void check_floating(const Argument& a) {
+  TORCH_CHECK_TYPE(is_state_dtype(a.tensor.scalar_type()), a,
+                   " must be float32, float64, bfloat16 or float16; got ",
+                   dtype_name(a.tensor.scalar_type()));
+}
+
+inline void check_dtype(const Argument& a, at::ScalarType wanted) {
+  TORCH_CHECK_TYPE(a.tensor.scalar_type() == wanted, a, " must be ", dtype_name(wanted), "; got ",
+                   dtype_name(a.tensor.scalar_type()));
+}
+
+inline void check_device(const Argument& a, const Argument& like) {
+  TORCH_CHECK_VALUE(a.tensor.device() == like.tensor.device(), a, " must be on the device of ",
+                    like.name, "; got ", a.tensor.device(), " and ", like.tensor.device());
+}
+
+inline void check_batch(const Argument& a) {
+  TORCH_CHECK_VALUE(a.tensor.dim() >= 2, a,
+                    " must have at least two dimensions, [N, C, ...]; got ", a.tensor.sizes());
+}
+
+inline void check_same_shape(const Argument& a, const Argument& like) {
+  TORCH_CHECK_VALUE(a.tensor.sizes() == like.tensor.sizes(), a, " must have the shape of ",
+                    like.name, "; got ", a.tensor.sizes(), " and ", like.tensor.sizes());
+}
+
+// The stride from one pixel to the next, or nothing where the pixels are not evenly spaced.
+inline std::optional<int64_t> pixel_stride(const Tensor& t) {
+  int64_t stride = 0, span = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (stride == 0) stride = t.stride(d);
+    if (t.stride(d) != stride * span) return std::nullopt;
+    span *= t.size(d);
+  }
+  return stride == 0 ? 1 : stride;
+}
+
+inline void check_layout(const Argument& a) {
+  TORCH_CHECK_VALUE(a.tensor.numel() == 0 || pixel_stride(a.tensor).has_value(), a,
+                    " must be contiguous or channels_last within each sample; got shape ",
+                    a.tensor.sizes(), " with strides ", a.tensor.strides());
+}
+
+// An int64 tensor with one entry for the batch, or one for each sample.
+inline void check_index(const Argument& a, const Argument& like, bool scalar_allowed) {
+  check_dtype(a, at::kLong);
+  check_device(a, like);
+  const bool per_sample = a.tensor.dim() == 1 && a.tensor.size(0) == like.tensor.size(0);
+  const bool scalar = scalar_allowed && a.tensor.dim() == 0;
+  TORCH_CHECK_VALUE(per_sample || scalar, a, " must have shape ", scalar_allowed ? "[] or " : "",
+                    "[", like.tensor.size(0), "]; got ", a.tensor.sizes());
+}
+
+inline void check_rows(const Argument& a, const Argument& like, int64_t columns) {
+  check_dtype(a, compute_dtype(like.tensor.scalar_type()));
+  check_device(a, like);
+  TORCH_CHECK_VALUE(a.tensor.dim() == 2 && a.tensor.size(1) == columns && a.tensor.is_contiguous(),
+                    a, " must be contiguous with shape [number of rows, ", columns, "]; got ",
+                    a.tensor.sizes(), " with strides ", a.tensor.strides());
+}
+
+// Only indices that lie on the host can be read without making it wait for a device, whose kernel
+// asserts the range instead.
+inline void check_range(const Argument& index, const Argument& rows) {
+  if (!index.tensor.is_cpu()) return;
+  const Tensor flat = index.tensor.contiguous();
+  const int64_t* values = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < flat.numel(); ++i) {
+    TORCH_CHECK_INDEX(0 <= values[i] && values[i] < rows.tensor.size(0), index,
+                      " must lie in [0, ", rows.tensor.size(0) - 1, "]; got ", values[i]);
+  }
+}
+
+// The noise is drawn, given, or absent.
+inline void check_noise_source(const Argument& like, const OptionalTensor& noise,
+                               const OptionalTensor& seed, const OptionalTensor& sample_index) {
+  TORCH_CHECK_VALUE(seed.has_value() == sample_index.has_value(), like.op,
+                    ": seed and sample_index must be given together");
+  TORCH_CHECK_VALUE(!(noise && seed), like.op, ": give noise or a seed, not both");
+  if (seed) {
+    check_index({like.op, "seed", *seed}, like, true);
+    check_index({like.op, "sample_index", *sample_index}, like, false);
+  }
+}
+
+// Like the batch in shape, dtype and device, and laid out so that a kernel can walk it.
+inline void check_like(const Argument& a, const Argument& like) {
+  check_dtype(a, like.tensor.scalar_type());
+  check_device(a, like);
+  check_same_shape(a, like);
+  check_layout(a);
+}
+
+inline bool same_view(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides();
+}
+
+// The addresses that a tensor spans, gaps included.
+inline std::pair<const char*, const char*> span(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const char* first = static_cast<const char*>(t.const_data_ptr());
+  return {first, first + (last + 1) * t.element_size()};
+}
+
+inline void check_no_overlap(const Argument& written, const Argument& other,
+                             bool same_view_allowed) {
+  if (written.tensor.numel() == 0 || other.tensor.numel() == 0) return;
+  if (same_view_allowed && same_view(written.tensor, other.tensor)) return;
+  const auto a = span(written.tensor), b = span(other.tensor);
+  TORCH_CHECK_VALUE(a.second <= b.first || b.second <= a.first, written,
+                    " must not overlap the memory of ", other.name);
+}
+
+// A tensor to write into: each element at an address of its own.
+inline void check_output(const Argument& a, const Argument& like) {
+  check_like(a, like);
+  TORCH_CHECK_VALUE(at::has_internal_overlap(a.tensor) != at::MemOverlap::Yes, a,
+                    " must not share memory among its elements; got strides ", a.tensor.strides());
+}
+
+inline Shape shape_of(const Tensor& x) {
+  const int64_t samples = x.size(0), channels = x.size(1);
+  return {samples, channels, x.numel() == 0 ? 0 : x.numel() / (samples * channels)};
+}
+
+template <class T>
+View<T> view_of(const Tensor& t, const Shape& shape) {
+  View<T> view;
+  if constexpr (std::is_const_v<T>) {
+    view.data = static_cast<T*>(t.const_data_ptr());
+  } else {
+    view.data = static_cast<T*>(t.mutable_data_ptr());
+  }
+  view.sample_stride = t.stride(0);
+  view.channel_stride = t.stride(1);
+  view.pixel_stride = pixel_stride(t).value_or(1);
+  const bool pixels_dense = shape.pixels == 1 || view.pixel_stride == 1;
+  view.dense = pixels_dense && (t.size(1) == 1 || view.channel_stride == shape.pixels);
+  return view;
+}
+
+template <class T>
+View<T> view_of(const OptionalTensor& t, const Shape& shape) {
+  return t ? view_of<T>(*t, shape) : View<T>{};
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,71 @@
+// reverse_step on the CPU: each block is staged, stepped and stored while it lies in the cache.
+#include "../reverse_step.h"
+#include "blocks.h"
+
+namespace ddpm_fast::cpu {
+namespace {
+
+struct ReverseStepBlock {
+  template <class K>
+  static DDPM_INLINE void run(const K& k, const Block& block) {
+    using T = typename K::T;
+    const int64_t pixels = k.shape.pixels;
+    const StepRow<T> row = k.row(block.sample);
+    T x_buffer[kBlock], out_buffer[kBlock], extra_buffer[kBlock], noise_buffer[kBlock];
+    T xstart[kBlock], mean_buffer[kBlock];
+
+    const T* x_t = load(k.x_t, block, pixels, x_buffer);
+    const T* out = load(k.model_output, block, pixels, out_buffer);
+    T* mean = target(k.out, block, pixels, mean_buffer);
+    DDPM_INDEPENDENT
+    for (int i = 0; i < block.size; ++i) {
+      const T x = x_t[i], predicted = predict_xstart(row, x, out[i], k.clip);
+      xstart[i] = predicted;
+      mean[i] = step_mean(row, predicted, x, out[i]);
+    }
+    if (k.x0_prev.present()) {
+      const T* x0_prev = load(k.x0_prev, block, pixels, extra_buffer);
+      for (int i = 0; i < block.size; ++i) mean[i] += term(row.mean_from_x0_prev, x0_prev[i]);
+    }
+    if (k.pred_xstart.present()) store(k.pred_xstart, block, pixels, xstart);
+    if (k.draws_noise(row)) {
+      draw_normals(k.source.key(block.sample, static_cast<int64_t>(row.timestep), kReverse), block,
+                   noise_buffer);
+      add_noise(k, row, block, noise_buffer, extra_buffer, mean);
+    } else if (k.reads_noise(row)) {
+      add_noise(k, row, block, load(k.noise, block, pixels, noise_buffer), extra_buffer, mean);
+    }
+    store(k.out, block, pixels, mean);
+  }
+
+  template <class K, class T>
+  static DDPM_INLINE void add_noise(const K& k, const StepRow<T>& row, const Block& block,
+                                    const T* noise, T* variance_buffer, T* mean) {
+    if (!k.reads_variance) {
+      for (int i = 0; i < block.size; ++i) mean[i] += row.sigma * noise[i];
+      return;
+    }
+    const T* v =
+        load(k.model_output, block, k.shape.pixels, variance_buffer, k.shape.elements());
+    for (int i = 0; i < block.size; ++i) mean[i] += learned_stddev(row, v[i]) * noise[i];
+  }
+};
+
+struct Backend {
+  template <class K>
+  static void run(const K& kernel) {
+    for_each_block<ReverseStepBlock>(kernel);
+  }
+};
+
+using Forms = ReverseStepForms<Backend>;
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("reverse_step", &Forms::functional);
+  m.impl("reverse_step_", &Forms::in_place);
+  m.impl("reverse_step.out", &Forms::out);
+}
+
+}  // namespace ddpm_fast::cpu

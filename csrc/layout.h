@@ -1,0 +1,32 @@
+// Where the elements of a batch lie: [N, C, *pixels], each sample contiguous or channels_last, or a
+// slice of such along the batch or the channels.
+#pragma once
+
+#include "portable.h"
+
+namespace ddpm_fast {
+
+struct Shape {
+  int64_t samples, channels, pixels;
+
+  DDPM_HOST_DEVICE int64_t elements() const { return channels * pixels; }
+};
+
+// A tensor's data seen as [sample][channel][pixel]; a null pointer stands for an absent tensor.
+template <class T>
+struct View {
+  T* data = nullptr;
+  int64_t sample_stride = 0, channel_stride = 0, pixel_stride = 0;
+  bool dense = true;  // within a sample, logical order is memory order
+
+  DDPM_HOST_DEVICE bool present() const { return data != nullptr; }
+
+  // The address of logical element e of a sample.
+  DDPM_HOST_DEVICE T* at(int64_t sample, int64_t e, int64_t pixels) const {
+    T* const base = data + sample * sample_stride;
+    if (dense) return base + e;
+    return base + (e / pixels) * channel_stride + (e % pixels) * pixel_stride;
+  }
+};
+
+}  // namespace ddpm_fast

@@ -1,0 +1,41 @@
+// What lets one function serve the C++ compiler and nvcc. No torch header may be included here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DDPM_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Inlining is what lets a loop around the function be compiled for another instruction set.
+#define DDPM_HOST_DEVICE inline __attribute__((always_inline))
+#else
+#define DDPM_HOST_DEVICE inline
+#endif
+
+namespace ddpm_fast {
+
+// Every contraction into a fused multiply-add is written out as one of these, and the compilers
+// are told to make none of their own (-ffp-contract=off, --fmad=false): so all builds round alike.
+DDPM_HOST_DEVICE float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return fmaf(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+DDPM_HOST_DEVICE int32_t float_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+DDPM_HOST_DEVICE float float_from_bits(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace ddpm_fast

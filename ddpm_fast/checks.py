@@ -1,0 +1,187 @@
+"""Argument checks of the reference backend, in the words of csrc/checks.h.
+
+Each function raises TypeError for a dtype, IndexError for an index out of range and ValueError for
+all else, with one sentence: the op, the argument, what was wanted and what came.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Argument(NamedTuple):
+    """A tensor with the words that name it in an error."""
+
+    op: str
+    name: str
+    tensor: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.name}"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of a dtype are computed with."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_floating(a: Argument) -> None:
+    """A dtype that a state can have."""
+    if a.tensor.dtype not in STATE_DTYPES:
+        raise TypeError(
+            f"{a} must be float32, float64, bfloat16 or float16; got {dtype_name(a.tensor.dtype)}"
+        )
+
+
+def check_dtype(a: Argument, wanted: torch.dtype) -> None:
+    """Exactly one dtype."""
+    if a.tensor.dtype != wanted:
+        raise TypeError(f"{a} must be {dtype_name(wanted)}; got {dtype_name(a.tensor.dtype)}")
+
+
+def check_device(a: Argument, like: Argument) -> None:
+    """The same device."""
+    if a.tensor.device != like.tensor.device:
+        raise ValueError(
+            f"{a} must be on the device of {like.name}; "
+            f"got {a.tensor.device} and {like.tensor.device}"
+        )
+
+
+def check_batch(a: Argument) -> None:
+    """``[N, C, ...]``."""
+    if a.tensor.dim() < 2:
+        raise ValueError(
+            f"{a} must have at least two dimensions, [N, C, ...]; got {_shape(a.tensor)}"
+        )
+
+
+def check_same_shape(a: Argument, like: Argument) -> None:
+    """The same shape."""
+    if a.tensor.shape != like.tensor.shape:
+        raise ValueError(
+            f"{a} must have the shape of {like.name}; "
+            f"got {_shape(a.tensor)} and {_shape(like.tensor)}"
+        )
+
+
+def _pixels_evenly_spaced(tensor: Tensor) -> bool:
+    stride, span = 0, 1
+    for size, step in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        stride = stride or step
+        if step != stride * span:
+            return False
+        span *= size
+    return True
+
+
+def check_layout(a: Argument) -> None:
+    """Each sample contiguous or channels_last, or a slice of such."""
+    if a.tensor.numel() != 0 and not _pixels_evenly_spaced(a.tensor):
+        raise ValueError(
+            f"{a} must be contiguous or channels_last within each sample; "
+            f"got shape {_shape(a.tensor)} with strides {list(a.tensor.stride())}"
+        )
+
+
+def check_index(a: Argument, like: Argument, *, scalar_allowed: bool) -> None:
+    """int64, one entry for the batch or one for each sample."""
+    check_dtype(a, torch.int64)
+    check_device(a, like)
+    per_sample = _shape(a.tensor) == [like.tensor.shape[0]]
+    scalar = scalar_allowed and a.tensor.dim() == 0
+    if not per_sample and not scalar:
+        wanted = f"{'[] or ' if scalar_allowed else ''}[{like.tensor.shape[0]}]"
+        raise ValueError(f"{a} must have shape {wanted}; got {_shape(a.tensor)}")
+
+
+def check_rows(a: Argument, like: Argument, columns: int) -> None:
+    """A table of rows, in the compute dtype."""
+    check_dtype(a, compute_dtype(like.tensor.dtype))
+    check_device(a, like)
+    table = a.tensor
+    if table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
+        raise ValueError(
+            f"{a} must be contiguous with shape [number of rows, {columns}]; "
+            f"got {_shape(table)} with strides {list(table.stride())}"
+        )
+
+
+def check_range(index: Argument, rows: Argument) -> None:
+    """Indices of rows; read only where they lie on the host, so that no device is waited for."""
+    if index.tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    last = rows.tensor.shape[0] - 1
+    outside = index.tensor[(index.tensor < 0) | (index.tensor > last)]
+    if outside.numel():
+        raise IndexError(f"{index} must lie in [0, {last}]; got {int(outside.flatten()[0])}")
+
+
+def check_noise_source(
+    like: Argument, noise: Tensor | None, seed: Tensor | None, sample_index: Tensor | None
+) -> None:
+    """Noise that is drawn, given, or absent."""
+    if (seed is None) != (sample_index is None):
+        raise ValueError(f"{like.op}: seed and sample_index must be given together")
+    if noise is not None and seed is not None:
+        raise ValueError(f"{like.op}: give noise or a seed, not both")
+    if seed is not None and sample_index is not None:
+        check_index(Argument(like.op, "seed", seed), like, scalar_allowed=True)
+        check_index(Argument(like.op, "sample_index", sample_index), like, scalar_allowed=False)
+
+
+def check_like(a: Argument, like: Argument) -> None:
+    """Like the batch in shape, dtype and device, and laid out so that a kernel can walk it."""
+    check_dtype(a, like.tensor.dtype)
+    check_device(a, like)
+    check_same_shape(a, like)
+    check_layout(a)
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr()
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def check_no_overlap(written: Argument, other: Argument, *, same_view_allowed: bool) -> None:
+    """Memory spans that do not meet, gaps included."""
+    if torch.compiler.is_compiling() or 0 in (written.tensor.numel(), other.tensor.numel()):
+        return
+    if same_view_allowed and _same_view(written.tensor, other.tensor):
+        return
+    (first, end), (other_first, other_end) = _span(written.tensor), _span(other.tensor)
+    if first < other_end and other_first < end:
+        raise ValueError(f"{written} must not overlap the memory of {other.name}")
+
+
+def check_output(a: Argument, like: Argument) -> None:
+    """A tensor to write into: each element at an address of its own."""
+    check_like(a, like)
+    shared = any(
+        n > 1 and step == 0 for n, step in zip(a.tensor.shape, a.tensor.stride(), strict=True)
+    )
+    if shared:
+        raise ValueError(
+            f"{a} must not share memory among its elements; got strides {list(a.tensor.stride())}"
+        )

@@ -1,0 +1,353 @@
+"""The public ops: each native where the extension has a kernel for the device, else the reference.
+
+``backend`` is ``auto`` (native where it can serve, else the reference, with one warning),
+``native`` (RuntimeError where it cannot serve) or ``reference``. Seeds, steps and sample indices
+are tensors on the batch's device, so that a captured graph reads them anew at each replay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension, reference
+from .checks import compute_dtype
+from .reference import ROW, STREAMS, learned_stddev, per_sample
+
+__all__ = [
+    "BACKENDS",
+    "ROW",
+    "STREAMS",
+    "compute_dtype",
+    "philox",
+    "philox_normal",
+    "q_sample",
+    "reverse_step",
+    "seed_tensor",
+    "serves_natively",
+]
+
+BACKENDS = ("auto", "native", "reference")
+
+_warned: set[str] = set()
+_native = torch.ops.ddpm_fast
+
+
+def serves_natively(device: torch.device, backend: str = "auto") -> bool:
+    """Whether the compiled kernels serve tensors of a device; else the reference does.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``native`` was asked for, and there is no kernel for the device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "reference":
+        return False
+    if device.type in _extension.native_devices:
+        return True
+    why = _extension.reason or "no kernels are written for that device"
+    if backend == "native":
+        raise RuntimeError(f"backend 'native' cannot serve {device.type} tensors: {why}")
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(f"ddpm_fast computes on {device.type} in plain PyTorch: {why}", stacklevel=3)
+    return False
+
+
+def seed_tensor(seed: int | None, device: torch.device | str) -> Tensor:
+    """A seed as the int64 ``[]`` that the ops read: its 64 bits, in device memory.
+
+    None draws one from torch's global generator, which ``torch.manual_seed`` governs.
+
+    Raises:
+        ValueError: outside [0, 2**64).
+    """
+    if seed is None:
+        return torch.empty((), dtype=torch.int64).random_().to(device)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must lie in [0, 2**64); got {seed}")
+    return torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64), device=device)
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    x0_prev: Tensor | None = None,
+    clip: float | None = 1.0,
+    out: Tensor | None = None,
+    pred_xstart: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One reverse step, x_{t-1} from x_t, in one pass over memory.
+
+    With the row of the table that ``step`` names (Ho et al. 2020, eqs. 7, 11 and 15)::
+
+        xstart = clamp(x0_from_xt x_t + x0_from_out model_output, -clip, clip)
+        x_prev = mean_from_x0 xstart + mean_from_xt x_t + mean_from_out model_output
+               + mean_from_x0_prev x0_prev + sigma noise
+
+    A coefficient of zero reads nothing. Where ``model_output`` has twice the channels, its second
+    half v turns sigma into sigma exp(logvar / 2), with logvar running from ``min_log_variance``
+    at v = -1 to ``max_log_variance`` at v = 1 (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        x_t: ``[N, C, ...]``, contiguous or channels_last.
+        model_output: ``[N, C or 2C, ...]``; float64 where x_t is, else of any narrower type.
+        rows: ``[S, len(ROW)]`` in the compute dtype, from :class:`ddpm_fast.solvers.StepTable`.
+        step: int64 ``[]`` or ``[N]``, the row to use, in [0, S - 1].
+        noise: like x_t; instead of it,
+        seed, sample_index: int64 ``[]`` or ``[N]``, and ``[N]``: draw the noise in the kernel, a
+            function of (seed, sample_index, the row's timestep, element). Without either there
+            is no noise.
+        x0_prev: the previous step's ``pred_xstart``, like x_t.
+        clip: clamp xstart to [-clip, clip]; None does not.
+        out: where to write x_prev, like x_t; x_t itself works in place.
+        pred_xstart: where to write xstart, like x_t; may be ``x0_prev`` itself.
+        backend: see the module.
+
+    Returns:
+        x_prev: ``out``, or a new tensor like x_t.
+
+    Raises:
+        ValueError: a shape, device or layout that does not fit, memory that overlaps, noise both
+            given and drawn, or a clip that is not positive.
+        TypeError: a dtype that does not fit.
+        IndexError: a step outside the table. On CUDA, where reading it would make the host wait,
+            a device-side assertion, as in PyTorch's own indexing.
+        RuntimeError: gradients are asked for through ``out`` or ``pred_xstart``.
+    """
+    if out is not None or pred_xstart is not None:
+        _refuse_gradients("reverse_step", x_t, model_output, noise, x0_prev)
+    if not serves_natively(x_t.device, backend):
+        return reference.reverse_step(
+            x_t,
+            model_output,
+            rows,
+            step,
+            noise=noise,
+            seed=seed,
+            sample_index=sample_index,
+            x0_prev=x0_prev,
+            clip=clip,
+            out=out,
+            pred_xstart=pred_xstart,
+        )
+    inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, clip
+    if out is None and pred_xstart is None:
+        x_prev: Tensor = _native.reverse_step(x_t, *inputs)
+        return x_prev
+    if out is x_t:
+        _native.reverse_step_(x_t, *inputs, pred_xstart)
+        return x_t
+    out = torch.empty_like(x_t) if out is None else out
+    _native.reverse_step.out(x_t, *inputs, out, pred_xstart)
+    return out
+
+
+def q_sample(
+    x_start: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Forward noising: rows[t, 0] x_start + rows[t, 1] noise, and the noise (Ho et al. eq. 4).
+
+    Args:
+        x_start: ``[N, C, ...]``, contiguous or channels_last.
+        t: int64 ``[]`` or ``[N]``, the row to use, in [0, T - 1].
+        rows: ``[T, 2]`` in the compute dtype: sqrt(abar) and sqrt(1 - abar).
+        noise: like x_start; instead of it,
+        seed, sample_index: int64 ``[]`` or ``[N]``, and ``[N]``: draw the noise in the kernel, a
+            function of (seed, sample_index, t, element).
+        backend: see the module.
+
+    Returns:
+        x_t and the noise, like x_start.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`reverse_step`, and ValueError where there is
+            neither noise nor a seed.
+    """
+    if noise is None and seed is None and sample_index is None:
+        raise ValueError("q_sample: give noise, or seed and sample_index")
+    if not serves_natively(x_start.device, backend):
+        return reference.q_sample(
+            x_start, t, rows, noise=noise, seed=seed, sample_index=sample_index
+        )
+    if seed is None and sample_index is None and noise is not None:
+        return _native.q_sample(x_start, t, rows, noise), noise
+    if noise is not None:
+        raise ValueError("q_sample: give noise or a seed, not both")
+    if seed is None or sample_index is None:
+        raise ValueError("q_sample: seed and sample_index must be given together")
+    x_t, drawn = _native.q_sample.drawn(x_start, t, rows, seed, sample_index)
+    return x_t, drawn
+
+
+def philox_normal(
+    shape: tuple[int, ...],
+    *,
+    seed: Tensor,
+    sample_index: Tensor,
+    timestep: Tensor,
+    stream: int = STREAMS["initial"],
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Standard normals that are a function of (seed, sample, timestep, stream, element).
+
+    Philox4x32-10 (Salmon et al. 2011) keyed by the seed, through Box & Muller's transform, in
+    float32 and then rounded to ``dtype``. The largest possible size is 6.66.
+
+    Args:
+        shape: ``(N, ...)``.
+        seed: int64 ``[]`` or ``[N]``.
+        sample_index: int64 ``[N]``, the samples' indices in the whole run, in [0, 2**48).
+        timestep: int64 ``[]`` or ``[N]``, in [0, 2**32).
+        stream: what the numbers are for, in [0, 65535]; :data:`STREAMS` names those in use.
+        dtype: float32, float64, bfloat16 or float16.
+        backend: see the module.
+    """
+    if not serves_natively(seed.device, backend):
+        return reference.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
+    normals: Tensor = _native.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
+    return normals
+
+
+def philox(counter: Tensor, key: Tensor, *, backend: str = "auto") -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011): four random words for each counter.
+
+    Args:
+        counter: int64 ``[K, 4]``, words in [0, 2**32).
+        key: int64 ``[K, 2]``, likewise.
+        backend: see the module.
+
+    Returns:
+        int64 ``[K, 4]``, words in [0, 2**32).
+    """
+    if not serves_natively(counter.device, backend):
+        return reference.philox(counter, key)
+    words: Tensor = _native.philox(counter, key)
+    return words
+
+
+def _refuse_gradients(op: str, *inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError(
+            f"{op}: out and pred_xstart carry no gradient, but an input requires one"
+        )
+
+
+# What torch.compile and autograd need to know of the native ops.
+
+
+def _like_first(x: Tensor, *inputs: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _two_like_first(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _nothing(*inputs: Any) -> None:
+    return None
+
+
+def _fake_philox_normal(
+    size: list[int],
+    seed: Tensor,
+    sample_index: Tensor,
+    timestep: Tensor,
+    stream: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=seed.device)
+
+
+def _register_fakes() -> None:
+    register = torch.library.register_fake
+    register("ddpm_fast::reverse_step", _like_first)
+    register("ddpm_fast::reverse_step_", _nothing)
+    register("ddpm_fast::reverse_step.out", _nothing)
+    register("ddpm_fast::q_sample", _like_first)
+    register("ddpm_fast::q_sample.drawn", _two_like_first)
+    register("ddpm_fast::philox_normal", _fake_philox_normal)
+    register("ddpm_fast::philox", _like_first)
+
+
+def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.clip = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _reverse_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_t, model_output, rows, step, noise, seed, sample_index, x0_prev = ctx.saved_tensors
+    row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
+    channels = x_t.shape[1]
+    x, output, g = (a.to(rows.dtype) for a in (x_t, model_output[:, :channels], grad))
+
+    grad_xstart = row["mean_from_x0"] * g
+    if ctx.clip is not None:
+        xstart = row["x0_from_xt"] * x + row["x0_from_out"] * output
+        grad_xstart = torch.where(xstart.abs() <= ctx.clip, grad_xstart, 0.0)
+    grad_x = row["x0_from_xt"] * grad_xstart + row["mean_from_xt"] * g
+    grad_output = row["x0_from_out"] * grad_xstart + row["mean_from_out"] * g
+
+    stddev = row["sigma"]
+    if model_output.shape != x_t.shape:
+        stddev = learned_stddev(row, model_output[:, channels:].to(rows.dtype))
+        if seed is not None:
+            timestep = row["timestep"].long().reshape(step.shape)
+            noise = _native.philox_normal(
+                x_t.shape, seed, sample_index, timestep, STREAMS["reverse"], rows.dtype
+            )
+        drawn = torch.zeros_like(g) if noise is None else noise.to(rows.dtype)
+        slope = (row["max_log_variance"] - row["min_log_variance"]) / 4
+        grad_output = torch.cat([grad_output, g * drawn * stddev * slope], dim=1)
+
+    grad_noise = None if ctx.saved_tensors[4] is None else (g * stddev).to(x_t.dtype)
+    grad_x0_prev = None
+    if x0_prev is not None:
+        grad_x0_prev = (row["mean_from_x0_prev"] * g).to(x_t.dtype)
+    grads = grad_x.to(x_t.dtype), grad_output.to(model_output.dtype)
+    return *grads, None, None, grad_noise, None, None, grad_x0_prev, None
+
+
+def _save_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _q_sample_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x_start, t, rows = ctx.saved_tensors
+    signal, scale = per_sample(rows, t, x_start)
+    return (signal * grad).to(grad.dtype), None, None, (scale * grad).to(grad.dtype)
+
+
+def _drawn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_q_sample_backward(ctx, grad)[:3], None, None
+
+
+def _register_autograd() -> None:
+    register = torch.library.register_autograd
+    register("ddpm_fast::reverse_step", _reverse_step_backward, setup_context=_save_reverse_step)
+    register("ddpm_fast::q_sample", _q_sample_backward, setup_context=_save_q_sample)
+    register("ddpm_fast::q_sample.drawn", _drawn_backward, setup_context=_save_q_sample)
+
+
+if _extension.native_devices:
+    _register_fakes()
+    _register_autograd()

@@ -1,0 +1,285 @@
+"""What every op computes, in plain PyTorch: the specification, and the fallback.
+
+The native kernels (csrc/step_math.h, csrc/philox.h) are tested against these functions, and these
+against float64 and closed forms. They run on any device that PyTorch knows, and autograd goes
+through them.
+
+Tensors: a batch is ``[N, C, ...]``, float32, float64, bfloat16 or float16; arithmetic is float64
+for float64 and float32 for all else. Arguments named ``rows`` are tables in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import Argument
+
+ROW = (
+    "x0_from_xt",
+    "x0_from_out",
+    "mean_from_x0",
+    "mean_from_xt",
+    "mean_from_out",
+    "mean_from_x0_prev",
+    "sigma",
+    "min_log_variance",
+    "max_log_variance",
+    "timestep",
+)
+"""The columns of a step table, as in csrc/step_math.h."""
+
+STREAMS = {"initial": 0, "reverse": 1, "forward": 2}
+"""What a run of normals is for, as in csrc/noise_source.h."""
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    x0_prev: Tensor | None = None,
+    clip: float | None = 1.0,
+    out: Tensor | None = None,
+    pred_xstart: Tensor | None = None,
+) -> Tensor:
+    """One reverse step; see :func:`ddpm_fast.ops.reverse_step`."""
+    _check_reverse_step(
+        x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, clip, out, pred_xstart
+    )
+    row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
+    channels = x_t.shape[1]
+    x = x_t.to(rows.dtype)
+    output = model_output[:, :channels].to(rows.dtype)
+
+    xstart = _term(row["x0_from_xt"], x) + _term(row["x0_from_out"], output)
+    if clip is not None:
+        xstart = xstart.clamp(-clip, clip)
+    mean = (
+        _term(row["mean_from_x0"], xstart)
+        + _term(row["mean_from_xt"], x)
+        + _term(row["mean_from_out"], output)
+    )
+    if x0_prev is not None:
+        mean = mean + _term(row["mean_from_x0_prev"], x0_prev.to(rows.dtype))
+
+    if seed is not None and sample_index is not None:
+        noise = _normals(x_t.shape, seed, sample_index, row["timestep"].long(), STREAMS["reverse"])
+    if noise is not None:
+        stddev = row["sigma"]
+        if model_output.shape != x_t.shape:
+            stddev = learned_stddev(row, model_output[:, channels:].to(rows.dtype))
+        mean = mean + _term(stddev, noise.to(rows.dtype))
+
+    if pred_xstart is not None:
+        pred_xstart.copy_(xstart)
+    if out is not None:
+        return out.copy_(mean)
+    return torch.empty_like(x_t).copy_(mean)
+
+
+def _term(coefficient: Tensor, value: Tensor) -> Tensor:
+    # A coefficient of zero reads nothing: 0 times infinity must not make NaN.
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def learned_stddev(row: dict[str, Tensor], v: Tensor) -> Tensor:
+    """sigma_t of a learned variance, Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15."""
+    fraction = (v + 1) * 0.5
+    log_variance = fraction * row["max_log_variance"] + (1 - fraction) * row["min_log_variance"]
+    return row["sigma"] * (0.5 * log_variance).exp()
+
+
+def q_sample(
+    x_start: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    sample_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward noising; see :func:`ddpm_fast.ops.q_sample`."""
+    _check_q_sample(x_start, t, rows, noise, seed, sample_index)
+    if seed is not None and sample_index is not None:
+        drawn = _normals(x_start.shape, seed, sample_index, t, STREAMS["forward"])
+        noise = torch.empty_like(x_start).copy_(drawn)
+    assert noise is not None
+    signal, scale = per_sample(rows, t, x_start)
+    mixed = signal * x_start.to(rows.dtype) + scale * noise.to(rows.dtype)
+    return torch.empty_like(x_start).copy_(mixed), noise
+
+
+def philox_normal(
+    shape: tuple[int, ...],
+    seed: Tensor,
+    sample_index: Tensor,
+    timestep: Tensor,
+    stream: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The normals of the noise contract; see :func:`ddpm_fast.ops.philox_normal`."""
+    op = "philox_normal"
+    if len(shape) < 1:
+        raise ValueError(f"{op}: shape must have at least one dimension; got {list(shape)}")
+    like = Argument(op, "the result", torch.empty(shape, dtype=dtype, device=seed.device))
+    checks.check_floating(like)
+    if not 0 <= stream < 1 << 16:
+        raise ValueError(f"{op}: stream must lie in [0, 65535]; got {stream}")
+    checks.check_noise_source(like, None, seed, sample_index)
+    checks.check_index(Argument(op, "timestep", timestep), like, scalar_allowed=True)
+    return _normals(shape, seed, sample_index, timestep, stream).to(dtype)
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011); see :func:`ddpm_fast.ops.philox`."""
+    _check_philox(counter, key)
+    return torch.stack(_philox(list(counter.unbind(1)), list(key.unbind(1))), dim=1)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    # int64 products wrap around, and their two halves are right nevertheless.
+    x, y, z, w = (word & _WORD for word in counter)
+    key0, key1 = key
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * x, 0xCD9E8D57 * z
+        x, y = ((product1 >> 32) ^ y ^ key0) & _WORD, product1 & _WORD
+        z, w = ((product0 >> 32) ^ w ^ key1) & _WORD, product0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return [x, y, z, w]
+
+
+def _normals(
+    shape: tuple[int, ...], seed: Tensor, sample_index: Tensor, timestep: Tensor, stream: int
+) -> Tensor:
+    """float32 of the given shape. The counter's layout, version 1, is told in csrc/philox.h."""
+    samples, elements = shape[0], math.prod(shape[1:])
+    if samples * elements == 0:
+        return torch.empty(shape, device=seed.device)
+    call = torch.arange((elements + 3) // 4, device=seed.device)
+    index, low, high = (x.reshape(-1, 1) for x in (sample_index, seed, seed >> 32))
+    high_and_stream = stream + ((index >> 32 & 0xFFFF) << 16)
+    zero = torch.zeros_like(call + index)
+    counter = [call + zero, index + zero, timestep.reshape(-1, 1) + zero, high_and_stream + zero]
+    words = _philox(counter, [low & _WORD, high & _WORD])
+    pairs = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
+    return torch.stack(pairs, dim=-1).reshape(samples, -1)[:, :elements].reshape(shape)
+
+
+def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    # float64, rounded once: what the kernels' float32 arithmetic is measured by.
+    u = (word0 >> 1).float() * 2.0**-31 + 2.0**-32
+    radius = (-2 * u.double().log()).sqrt()
+    angle = (word1 >> 6).double() * (2 * math.pi * 2.0**-26)
+    return (radius * angle.cos()).float(), (radius * angle.sin()).float()
+
+
+def per_sample(rows: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """The columns of each sample's row, each ``[N or 1, 1, ...]`` to broadcast against a batch."""
+    chosen = rows[index].reshape(-1, rows.shape[1], *[1] * (like.dim() - 1))
+    return chosen.unbind(1)
+
+
+def _check_reverse_step(
+    x: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    x0_prev: Tensor | None,
+    clip: float | None,
+    out: Tensor | None,
+    pred_xstart: Tensor | None,
+) -> None:
+    op = "reverse_step"
+    x_t, model_output = Argument(op, "x_t", x), Argument(op, "model_output", output)
+    checks.check_floating(x_t)
+    checks.check_batch(x_t)
+    checks.check_layout(x_t)
+
+    checks.check_floating(model_output)
+    if (output.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: model_output and x_t must both be float64, or neither; "
+            f"got {checks.dtype_name(output.dtype)} and {checks.dtype_name(x.dtype)}"
+        )
+    checks.check_device(model_output, x_t)
+    doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if output.shape != x.shape and output.shape != doubled:
+        raise ValueError(
+            f"{op}: model_output must have the shape of x_t, or twice its channels; "
+            f"got {list(output.shape)} and {list(x.shape)}"
+        )
+    checks.check_layout(model_output)
+
+    checks.check_rows(Argument(op, "rows", rows), x_t, len(ROW))
+    checks.check_index(Argument(op, "step", step), x_t, scalar_allowed=True)
+    checks.check_range(Argument(op, "step", step), Argument(op, "rows", rows))
+    checks.check_noise_source(x_t, noise, seed, sample_index)
+    inputs = {"noise": noise, "x0_prev": x0_prev}
+    given = [Argument(op, name, tensor) for name, tensor in inputs.items() if tensor is not None]
+    for argument in given:
+        checks.check_like(argument, x_t)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{op}: clip must be positive, or None; got {clip:g}")
+
+    if out is not None:
+        written = Argument(op, "out", out)
+        checks.check_output(written, x_t)
+        checks.check_no_overlap(written, x_t, same_view_allowed=True)
+        for argument in [model_output, *given]:
+            checks.check_no_overlap(written, argument, same_view_allowed=False)
+    if pred_xstart is not None:
+        written = Argument(op, "pred_xstart", pred_xstart)
+        checks.check_output(written, x_t)
+        others = [x_t, *([Argument(op, "out", out)] if out is not None else []), model_output]
+        for argument in [*others, *given]:
+            same = argument.name == "x0_prev"
+            checks.check_no_overlap(written, argument, same_view_allowed=same)
+
+
+def _check_q_sample(
+    x: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+) -> None:
+    op = "q_sample"
+    x_start = Argument(op, "x_start", x)
+    checks.check_floating(x_start)
+    checks.check_batch(x_start)
+    checks.check_layout(x_start)
+    checks.check_rows(Argument(op, "rows", rows), x_start, 2)
+    checks.check_index(Argument(op, "t", t), x_start, scalar_allowed=True)
+    checks.check_range(Argument(op, "t", t), Argument(op, "rows", rows))
+    checks.check_noise_source(x_start, noise, seed, sample_index)
+    if noise is not None:
+        checks.check_like(Argument(op, "noise", noise), x_start)
+
+
+def _check_philox(counter: Tensor, key: Tensor) -> None:
+    op = "philox"
+    counters, keys = Argument(op, "counter", counter), Argument(op, "key", key)
+    checks.check_dtype(counters, torch.int64)
+    checks.check_dtype(keys, torch.int64)
+    checks.check_device(keys, counters)
+    if counter.dim() != 2 or counter.shape[1] != 4:
+        raise ValueError(f"{op}: counter must have shape [K, 4]; got {list(counter.shape)}")
+    if key.dim() != 2 or list(key.shape) != [counter.shape[0], 2]:
+        raise ValueError(
+            f"{op}: key must have shape [{counter.shape[0]}, 2]; got {list(key.shape)}"
+        )
