@@ -149,7 +149,7 @@ def extension(toolkit: Toolkit | None) -> Any:
     sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # A product is rounded before it is added, on every backend, so that the backends agree.
-    cxx = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *openmp]
+    cxx = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *openmp]
     return (CUDAExtension if toolkit else CppExtension)(
         "ddpm_fast._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),

@@ -64,7 +64,8 @@ inline void check_outputs(const ReverseStep& a) {
   const Argument x_t{op, "x_t", a.x_t}, out{op, "out", a.out};
   check_output(out, x_t);
   check_no_overlap(out, x_t, true);
-  check_no_overlap(out, {op, "model_output", a.model_output}, false);
+  // A network may return its own input.
+  check_no_overlap(out, {op, "model_output", a.model_output}, true);
   if (a.noise) check_no_overlap(out, {op, "noise", *a.noise}, false);
   if (a.x0_prev) check_no_overlap(out, {op, "x0_prev", *a.x0_prev}, false);
   if (!a.pred_xstart) return;

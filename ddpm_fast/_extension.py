@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 
-def _remedy(setting: str = "") -> str:
-    command = f"{setting} pip install --force-reinstall --no-deps .".strip()
+def _remedy(kernels: str | None = None) -> str:
+    setting = f"DDPM_FAST_BUILD={kernels} " if kernels else ""
+    command = f"{setting}pip install --force-reinstall --no-deps ."
     return f"to build it anew, run `{command}` in a checkout of ddpm_fast"
 
 
@@ -58,7 +59,7 @@ def _load() -> tuple[dict[str, str], str | None]:
         return {}, "the extension is hidden by DDPM_FAST_EXTENSION=off"
     found = find_spec("ddpm_fast._C")
     if found is None or found.origin is None:
-        return {}, f"ddpm_fast was installed without its extension; {_remedy('DDPM_FAST_BUILD=cpu')}"
+        return {}, f"ddpm_fast was installed without its extension; {_remedy('cpu')}"
     record_path = Path(found.origin).with_suffix(".json")
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def _load() -> tuple[dict[str, str], str | None]:
     except ImportError as error:
         return {}, f"the extension does not load ({error}); {_remedy()}"
     if torch.version.cuda and not info["cuda"]:
-        return info, f"the extension was built without CUDA kernels; {_remedy('DDPM_FAST_BUILD=cuda')}"
+        return info, f"the extension was built without CUDA kernels; {_remedy('cuda')}"
     return info, None
 
 

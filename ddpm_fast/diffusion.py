@@ -52,8 +52,13 @@ class GaussianDiffusion:
         self.clip_denoised = clip_denoised
         self._schedule: dict[str, Any] | None = None
         if betas is None:
-            self._schedule = {"beta_schedule": "linear", "num_timesteps": 1000}
-            betas = named_betas("linear", 1000)
+            self._schedule = {
+                "beta_schedule": "linear",
+                "num_timesteps": 1000,
+                "beta_start": 1e-4,
+                "beta_end": 0.02,
+            }
+            betas = named_betas(**self._schedule)
         self._build_tables(_checked_betas(betas))
 
     def _build_tables(self, betas: Tensor) -> None:

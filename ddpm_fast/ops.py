@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, reference
-from .checks import compute_dtype
+from .checks import Argument, check_device, compute_dtype
 from .reference import ROW, STREAMS, learned_stddev, per_sample
 
 __all__ = [
@@ -128,6 +128,12 @@ def reverse_step(
     """
     if out is not None or pred_xstart is not None:
         _refuse_gradients("reverse_step", x_t, model_output, noise, x0_prev)
+    if model_output.device != x_t.device:
+        # The dispatcher would look for a kernel of that device before ours could object.
+        check_device(
+            Argument("reverse_step", "model_output", model_output),
+            Argument("reverse_step", "x_t", x_t),
+        )
     if not serves_natively(x_t.device, backend):
         return reference.reverse_step(
             x_t,

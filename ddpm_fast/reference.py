@@ -186,8 +186,9 @@ def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 
 def per_sample(rows: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """The columns of each sample's row, each ``[N or 1, 1, ...]`` to broadcast against a batch."""
-    chosen = rows[index].reshape(-1, rows.shape[1], *[1] * (like.dim() - 1))
-    return chosen.unbind(1)
+    # Unlike rows[index], this reads no index on the host.
+    chosen = rows.index_select(0, index.reshape(-1))
+    return chosen.reshape(-1, rows.shape[1], *[1] * (like.dim() - 1)).unbind(1)
 
 
 def _check_reverse_step(
@@ -238,8 +239,10 @@ def _check_reverse_step(
     if out is not None:
         written = Argument(op, "out", out)
         checks.check_output(written, x_t)
-        checks.check_no_overlap(written, x_t, same_view_allowed=True)
-        for argument in [model_output, *given]:
+        # A network may return its own input.
+        for argument in (x_t, model_output):
+            checks.check_no_overlap(written, argument, same_view_allowed=True)
+        for argument in given:
             checks.check_no_overlap(written, argument, same_view_allowed=False)
     if pred_xstart is not None:
         written = Argument(op, "pred_xstart", pred_xstart)

@@ -1,0 +1,117 @@
+"""Inputs for the ops and models with known answers, shared by the tests and the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast import GaussianDiffusion
+from ddpm_fast.ops import ROW, compute_dtype
+
+LAYOUTS = ("contiguous", "channels_last", "slice_of_batch", "slice_of_channels")
+
+
+def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in another memory layout; channels_last falls back where it has no sense."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "channels_last" and x.dim() == 5:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    if layout == "slice_of_batch":
+        padded = x.new_full((2 * x.shape[0] + 1, *x.shape[1:]), torch.nan)
+        padded[1::2] = x
+        return padded[1::2]
+    if layout == "slice_of_channels":
+        padded = x.new_full((x.shape[0], x.shape[1] + 2, *x.shape[2:]), torch.nan)
+        padded[:, 1:-1] = x
+        return padded[:, 1:-1]
+    return x.contiguous()
+
+
+@dataclass
+class ReverseStepCase:
+    """Arguments of ops.reverse_step: ``op(*case.args, **case.kwargs)``."""
+
+    args: tuple[Tensor, Tensor, Tensor, Tensor]
+    kwargs: dict[str, Any]
+
+    @property
+    def x_t(self) -> Tensor:
+        return self.args[0]
+
+
+def reverse_step_case(
+    shape: tuple[int, ...] = (2, 3, 8, 8),
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    output_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    learned: bool = False,
+    noise: str = "given",
+    x0_prev: bool = False,
+    per_sample: bool = False,
+    clip: float | None = 1.0,
+    device: torch.device | str = "cpu",
+) -> ReverseStepCase:
+    """A step with random rows, so that every coefficient takes part.
+
+    ``noise`` is "given", "drawn" or "none"; ``per_sample`` gives every sample a step and a seed of
+    its own.
+    """
+    samples, channels = shape[:2]
+    output_shape = (samples, channels * (2 if learned else 1), *shape[2:])
+    rows = randn((5, len(ROW)), seed + 1, compute_dtype(dtype))
+    rows[:, ROW.index("timestep")] = torch.tensor([999.0, 500.0, 17.0, 1.0, 0.0], dtype=rows.dtype)
+    rows[:, ROW.index("sigma")].abs_()
+    rows[2, ROW.index("sigma")] = 0
+    rows[3, ROW.index("mean_from_x0_prev")] = 0
+    step = torch.arange(samples) % 5 if per_sample else torch.tensor(seed % 5)
+
+    kwargs: dict[str, Any] = {"clip": clip}
+    if noise == "given":
+        kwargs["noise"] = laid_out(randn(shape, seed + 2, dtype), layout).to(device)
+    if noise == "drawn":
+        seeds = torch.arange(samples) - 7 if per_sample else torch.tensor(seed)
+        kwargs["seed"] = seeds.to(device)
+        kwargs["sample_index"] = (torch.arange(samples) * 3 + 2**33).to(device)
+    if x0_prev:
+        kwargs["x0_prev"] = laid_out(randn(shape, seed + 3, dtype), layout).to(device)
+    x_t = laid_out(randn(shape, seed + 4, dtype).to(device), layout)
+    output = randn(output_shape, seed + 5, output_dtype or dtype).to(device)
+    return ReverseStepCase(
+        (x_t, laid_out(output, layout), rows.to(device), step.to(device)), kwargs
+    )
+
+
+class GaussianModel(nn.Module):
+    """The right network for data N(mean, std^2), elementwise: E[target | x_t] in closed form.
+
+    It treats samples separately, in float64, so that no batch changes its rounding.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, mean: float = 0.3, std: float = 0.2) -> None:
+        super().__init__()
+        self.diffusion, self.mean, self.std = diffusion, mean, std
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        abar = self.diffusion.alphas_cumprod.to(x_t.device)[t]
+        abar = abar.reshape(-1, *[1] * (x_t.dim() - 1))
+        x = x_t.double()
+        variance = abar * self.std**2 + 1 - abar
+        x_start = self.mean + abar.sqrt() * self.std**2 / variance * (x - abar.sqrt() * self.mean)
+        eps = (x - abar.sqrt() * x_start) / (1 - abar).sqrt()
+        target = {
+            "sample": x_start,
+            "epsilon": eps,
+            "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * x_start,
+        }[self.diffusion.prediction_type]
+        return target.to(x_t.dtype)

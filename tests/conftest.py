@@ -1,0 +1,40 @@
+"""Fixtures for all tests: which backend, and on which device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ddpm_fast import _extension
+
+# The same examples on every run, and no deadline: other work may share the machine.
+settings.register_profile("ddpm_fast", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("ddpm_fast")
+
+needs_native = pytest.mark.skipif(
+    not _extension.native_devices, reason=f"no extension: {_extension.reason}"
+)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    if request.param == "native" and device.type not in _extension.native_devices:
+        pytest.skip(f"no native backend for {device}: {_extension.reason}")
+    return str(request.param)
+
+
+@pytest.fixture
+def native(device: torch.device) -> str:
+    if device.type not in _extension.native_devices:
+        pytest.skip(f"no native backend for {device}: {_extension.reason}")
+    return "native"

@@ -1,0 +1,292 @@
+"""Bad input to the ops: the exact sentence of each case, the same on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from cases import reverse_step_case
+from ddpm_fast import ops
+
+Arguments = dict[str, Any]
+
+
+def step_arguments() -> Arguments:
+    case = reverse_step_case((2, 3, 4, 4))
+    names = ("x_t", "model_output", "rows", "step")
+    return dict(zip(names, case.args, strict=True)) | case.kwargs
+
+
+def noising_arguments() -> Arguments:
+    x = torch.zeros(2, 3, 4, 4)
+    return {"x_start": x, "t": torch.tensor([0, 1]), "rows": torch.zeros(5, 2), "noise": x + 1}
+
+
+def normal_arguments() -> Arguments:
+    zero = torch.tensor(0)
+    return {"shape": (2, 3), "seed": zero, "sample_index": torch.arange(2), "timestep": zero}
+
+
+def word_arguments() -> Arguments:
+    return {"counter": torch.zeros(2, 4).long(), "key": torch.zeros(2, 2).long()}
+
+
+class Case(NamedTuple):
+    op: Callable[..., Any]
+    arguments: Callable[[], Arguments]
+    change: Callable[[Arguments], Arguments]
+    error: type[Exception]
+    sentence: str
+
+
+def step(change: Callable[[Arguments], Arguments], error: type[Exception], sentence: str) -> Case:
+    return Case(ops.reverse_step, step_arguments, change, error, f"reverse_step: {sentence}")
+
+
+def noising(
+    change: Callable[[Arguments], Arguments], error: type[Exception], sentence: str
+) -> Case:
+    return Case(ops.q_sample, noising_arguments, change, error, f"q_sample: {sentence}")
+
+
+def normal(change: Callable[[Arguments], Arguments], error: type[Exception], sentence: str) -> Case:
+    return Case(ops.philox_normal, normal_arguments, change, error, f"philox_normal: {sentence}")
+
+
+def word(change: Callable[[Arguments], Arguments], error: type[Exception], sentence: str) -> Case:
+    return Case(ops.philox, word_arguments, change, error, f"philox: {sentence}")
+
+
+SEED = {"seed": torch.tensor(0), "sample_index": torch.arange(2)}
+META = torch.zeros(2, 3, 4, 4, device="meta")
+WIDE = torch.zeros(2, 3, 8, 8)
+FLAT, SHIFTED = (WIDE.flatten()[i : i + 96].view(2, 3, 4, 4) for i in (0, 5))
+
+CASES = [
+    step(
+        lambda a: {"x_t": a["x_t"].long()},
+        TypeError,
+        "x_t must be float32, float64, bfloat16 or float16; got int64",
+    ),
+    step(
+        lambda a: {"x_t": a["x_t"][0, 0, 0]},
+        ValueError,
+        "x_t must have at least two dimensions, [N, C, ...]; got [4]",
+    ),
+    step(
+        lambda a: {"x_t": WIDE[:, :, ::2, ::2]},
+        ValueError,
+        "x_t must be contiguous or channels_last within each sample; "
+        "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
+    ),
+    step(
+        lambda a: {"model_output": a["x_t"].bool()},
+        TypeError,
+        "model_output must be float32, float64, bfloat16 or float16; got bool",
+    ),
+    step(
+        lambda a: {"model_output": a["x_t"].double()},
+        TypeError,
+        "model_output and x_t must both be float64, or neither; got float64 and float32",
+    ),
+    step(
+        lambda a: {"x_t": a["x_t"].double()},
+        TypeError,
+        "model_output and x_t must both be float64, or neither; got float32 and float64",
+    ),
+    step(
+        lambda a: {"model_output": META},
+        ValueError,
+        "model_output must be on the device of x_t; got meta and cpu",
+    ),
+    step(
+        lambda a: {"model_output": torch.zeros(2, 4, 4, 4)},
+        ValueError,
+        "model_output must have the shape of x_t, or twice its channels; "
+        "got [2, 4, 4, 4] and [2, 3, 4, 4]",
+    ),
+    step(
+        lambda a: {"model_output": WIDE[:, :, ::2, ::2]},
+        ValueError,
+        "model_output must be contiguous or channels_last within each sample; "
+        "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
+    ),
+    step(lambda a: {"rows": a["rows"].double()}, TypeError, "rows must be float32; got float64"),
+    step(
+        lambda a: {"rows": a["rows"][:, :9]},
+        ValueError,
+        "rows must be contiguous with shape [number of rows, 10]; got [5, 9] with strides [10, 1]",
+    ),
+    step(
+        lambda a: {"rows": a["rows"].t().contiguous().t()},
+        ValueError,
+        "rows must be contiguous with shape [number of rows, 10]; got [5, 10] with strides [1, 5]",
+    ),
+    step(lambda a: {"step": a["step"].int()}, TypeError, "step must be int64; got int32"),
+    step(
+        lambda a: {"step": torch.tensor([0, 1, 2])},
+        ValueError,
+        "step must have shape [] or [2]; got [3]",
+    ),
+    step(lambda a: {"step": torch.tensor(5)}, IndexError, "step must lie in [0, 4]; got 5"),
+    step(lambda a: {"step": torch.tensor([0, -1])}, IndexError, "step must lie in [0, 4]; got -1"),
+    step(
+        lambda a: {"seed": torch.tensor(0), "noise": None},
+        ValueError,
+        "seed and sample_index must be given together",
+    ),
+    step(lambda a: SEED, ValueError, "give noise or a seed, not both"),
+    step(
+        lambda a: {**SEED, "noise": None, "seed": torch.tensor(0.0)},
+        TypeError,
+        "seed must be int64; got float32",
+    ),
+    step(
+        lambda a: {**SEED, "noise": None, "sample_index": torch.tensor(0)},
+        ValueError,
+        "sample_index must have shape [2]; got []",
+    ),
+    step(
+        lambda a: {"noise": a["noise"].bfloat16()},
+        TypeError,
+        "noise must be float32; got bfloat16",
+    ),
+    step(
+        lambda a: {"noise": a["noise"][:1]},
+        ValueError,
+        "noise must have the shape of x_t; got [1, 3, 4, 4] and [2, 3, 4, 4]",
+    ),
+    step(
+        lambda a: {"x0_prev": WIDE[:, :, ::2, ::2]},
+        ValueError,
+        "x0_prev must be contiguous or channels_last within each sample; "
+        "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
+    ),
+    step(lambda a: {"clip": -1.0}, ValueError, "clip must be positive, or None; got -1"),
+    step(lambda a: {"clip": 0.0}, ValueError, "clip must be positive, or None; got 0"),
+    step(lambda a: {"clip": float("nan")}, ValueError, "clip must be positive, or None; got nan"),
+    step(
+        lambda a: {"out": torch.zeros(2, 3, 4)},
+        ValueError,
+        "out must have the shape of x_t; got [2, 3, 4] and [2, 3, 4, 4]",
+    ),
+    step(lambda a: {"out": a["x_t"].half()}, TypeError, "out must be float32; got float16"),
+    step(
+        lambda a: {"out": torch.zeros(1, 3, 4, 4).expand(2, -1, -1, -1)},
+        ValueError,
+        "out must not share memory among its elements; got strides [0, 16, 4, 1]",
+    ),
+    step(
+        lambda a: {"model_output": FLAT, "out": SHIFTED},
+        ValueError,
+        "out must not overlap the memory of model_output",
+    ),
+    step(
+        lambda a: {"x_t": FLAT, "out": SHIFTED},
+        ValueError,
+        "out must not overlap the memory of x_t",
+    ),
+    step(lambda a: {"out": a["noise"]}, ValueError, "out must not overlap the memory of noise"),
+    step(
+        lambda a: {"pred_xstart": a["x_t"]},
+        ValueError,
+        "pred_xstart must not overlap the memory of x_t",
+    ),
+    step(
+        lambda a: {"out": WIDE[:, :, :4, :4].contiguous(), "pred_xstart": a["noise"]},
+        ValueError,
+        "pred_xstart must not overlap the memory of noise",
+    ),
+    noising(
+        lambda a: {"x_start": a["x_start"].int()},
+        TypeError,
+        "x_start must be float32, float64, bfloat16 or float16; got int32",
+    ),
+    noising(
+        lambda a: {"x_start": a["x_start"][0, 0, 0]},
+        ValueError,
+        "x_start must have at least two dimensions, [N, C, ...]; got [4]",
+    ),
+    noising(
+        lambda a: {"rows": torch.zeros(5, 3)},
+        ValueError,
+        "rows must be contiguous with shape [number of rows, 2]; got [5, 3] with strides [3, 1]",
+    ),
+    noising(lambda a: {"t": torch.tensor([0.0, 1.0])}, TypeError, "t must be int64; got float32"),
+    noising(lambda a: {"t": torch.tensor([1])}, ValueError, "t must have shape [] or [2]; got [1]"),
+    noising(lambda a: {"t": torch.tensor([0, 5])}, IndexError, "t must lie in [0, 4]; got 5"),
+    noising(
+        lambda a: {"noise": a["noise"].double()}, TypeError, "noise must be float32; got float64"
+    ),
+    noising(lambda a: {"noise": None}, ValueError, "give noise, or seed and sample_index"),
+    noising(lambda a: SEED, ValueError, "give noise or a seed, not both"),
+    noising(
+        lambda a: {"noise": None, "seed": torch.tensor(0)},
+        ValueError,
+        "seed and sample_index must be given together",
+    ),
+    normal(lambda a: {"shape": ()}, ValueError, "shape must have at least one dimension; got []"),
+    normal(
+        lambda a: {"dtype": torch.int64},
+        TypeError,
+        "the result must be float32, float64, bfloat16 or float16; got int64",
+    ),
+    normal(lambda a: {"stream": 65536}, ValueError, "stream must lie in [0, 65535]; got 65536"),
+    normal(
+        lambda a: {"sample_index": torch.arange(3)},
+        ValueError,
+        "sample_index must have shape [2]; got [3]",
+    ),
+    normal(
+        lambda a: {"timestep": torch.tensor(0.0)}, TypeError, "timestep must be int64; got float32"
+    ),
+    word(lambda a: {"counter": a["counter"].int()}, TypeError, "counter must be int64; got int32"),
+    word(
+        lambda a: {"counter": a["counter"][:, :3]},
+        ValueError,
+        "counter must have shape [K, 4]; got [2, 3]",
+    ),
+    word(lambda a: {"key": a["key"][:1]}, ValueError, "key must have shape [2, 2]; got [1, 2]"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.sentence[:60])
+def test_sentence(case: Case, backend: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("the cases lie on the CPU")
+    arguments = case.arguments()
+    arguments |= case.change(arguments)
+    kept = {
+        name: a.clone() for name, a in arguments.items() if torch.is_tensor(a) and not a.is_meta
+    }
+    with pytest.raises(case.error) as error:
+        case.op(**arguments, backend=backend)
+    assert str(error.value) == case.sentence
+    assert all(torch.equal(arguments[name], a) for name, a in kept.items())
+
+
+@pytest.mark.parametrize("name", ["out", "pred_xstart"])
+def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> None:
+    arguments = step_arguments()
+    arguments["model_output"].requires_grad_()
+    arguments[name] = torch.zeros(2, 3, 4, 4)
+    sentence = "reverse_step: out and pred_xstart carry no gradient, but an input requires one"
+    with pytest.raises(RuntimeError, match=f"^{sentence}$"):
+        ops.reverse_step(**arguments, backend=backend)
+    with torch.no_grad():
+        ops.reverse_step(**arguments, backend=backend)
+
+
+@pytest.mark.cuda
+def test_devices_are_not_mixed(backend: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs two devices")
+    arguments = {k: v.cuda() if torch.is_tensor(v) else v for k, v in step_arguments().items()}
+    with pytest.raises(ValueError) as error:
+        ops.reverse_step(**arguments | {"model_output": torch.zeros(2, 3, 4, 4)}, backend=backend)
+    assert str(error.value) == (
+        "reverse_step: model_output must be on the device of x_t; got cpu and cuda:0"
+    )

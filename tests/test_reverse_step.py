@@ -1,0 +1,352 @@
+"""reverse_step: the reference against plain formulas, the native kernels against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cases import LAYOUTS, ReverseStepCase, laid_out, randn, reverse_step_case
+from conftest import needs_native
+from ddpm_fast import ops
+from ddpm_fast.ops import ROW
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_PAIRS = [(a, b) for a in FLOATS for b in FLOATS] + [(torch.float64, torch.float64)]
+
+shapes = st.tuples(
+    st.integers(0, 4), st.integers(1, 4), st.lists(st.integers(0, 40), max_size=3)
+).map(lambda s: (s[0], s[1], *s[2]))
+
+
+@st.composite
+def cases(draw: st.DrawFn, device: str = "cpu") -> ReverseStepCase:
+    dtype, output_dtype = draw(st.sampled_from(DTYPE_PAIRS))
+    return reverse_step_case(
+        draw(shapes),
+        seed=draw(st.integers(0, 2**31)),
+        dtype=dtype,
+        output_dtype=output_dtype,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        learned=draw(st.booleans()),
+        noise=draw(st.sampled_from(["given", "drawn", "none"])),
+        x0_prev=draw(st.booleans()),
+        per_sample=draw(st.booleans()),
+        clip=draw(st.sampled_from([None, 0.5, 1.0])),
+        device=device,
+    )
+
+
+def assert_native_matches(case: ReverseStepCase) -> None:
+    ours, spec = (torch.empty_like(case.x_t) for _ in range(2))
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend="native", pred_xstart=ours)
+    expected = ops.reverse_step(*case.args, **case.kwargs, backend="reference", pred_xstart=spec)
+    assert torch.equal(ours, spec)
+    assert x_prev.stride() == expected.stride()
+    learned = case.args[1].shape != case.x_t.shape
+    if not learned and case.kwargs.get("seed") is None:
+        assert torch.equal(x_prev, expected)
+        return
+    # The noise and the exponential may differ by 2 ulp each, of terms no larger than the bound.
+    bound = (4 * torch.finfo(case.args[2].dtype).eps) if case.x_t.dtype == torch.float64 else 1e-6
+    tolerance = max(bound, torch.finfo(case.x_t.dtype).eps)
+    scale = 8 * max(1.0, float(expected.float().abs().max())) if expected.numel() else 1.0
+    if case.kwargs.get("seed") is not None:
+        tolerance = max(tolerance, 1e-6)
+    torch.testing.assert_close(x_prev, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@needs_native
+@given(cases())
+def test_native_matches_reference(case: ReverseStepCase) -> None:
+    assert_native_matches(case)
+
+
+@pytest.mark.cuda
+@given(st.data())
+def test_native_matches_reference_on_cuda(data: st.DataObject) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    assert_native_matches(data.draw(cases("cuda")))
+
+
+@needs_native
+@given(cases())
+def test_drawn_noise_is_philox_normal(case: ReverseStepCase) -> None:
+    """Drawing in the kernel and passing philox_normal's numbers are the same to the bit."""
+    x_t, _, rows, step = case.args
+    if case.kwargs.get("seed") is None or x_t.dtype not in (torch.float32, torch.float64):
+        return
+    drawn = ops.reverse_step(*case.args, **case.kwargs)
+    noise = ops.philox_normal(
+        tuple(x_t.shape),
+        seed=case.kwargs["seed"],
+        sample_index=case.kwargs["sample_index"],
+        timestep=rows[:, ROW.index("timestep")].long()[step],
+        stream=ops.STREAMS["reverse"],
+        dtype=x_t.dtype,
+    )
+    given_noise = {k: v for k, v in case.kwargs.items() if k not in ("seed", "sample_index")}
+    assert torch.equal(drawn, ops.reverse_step(*case.args, **given_noise, noise=noise))
+
+
+def formula(case: ReverseStepCase) -> torch.Tensor:
+    """The docstring's equations, sample by sample, in float64."""
+    x_t, output, rows, step = (tensor.double().cpu() for tensor in case.args)
+    result = torch.empty_like(x_t, memory_format=torch.contiguous_format)
+    for n in range(len(x_t)):
+        i = int(step[n] if step.dim() else step)
+        row = dict(zip(ROW, rows[i].tolist(), strict=True))
+        out, v = output[n, : x_t.shape[1]], output[n, x_t.shape[1] :]
+        x0 = row["x0_from_xt"] * x_t[n] + row["x0_from_out"] * out
+        if case.kwargs["clip"] is not None:
+            x0 = x0.clamp(-case.kwargs["clip"], case.kwargs["clip"])
+        x = row["mean_from_x0"] * x0 + row["mean_from_xt"] * x_t[n] + row["mean_from_out"] * out
+        if "x0_prev" in case.kwargs:
+            x += row["mean_from_x0_prev"] * case.kwargs["x0_prev"][n].double().cpu()
+        stddev = torch.tensor(row["sigma"], dtype=torch.float64)
+        if v.numel():
+            low, high = row["min_log_variance"], row["max_log_variance"]
+            stddev = stddev * torch.exp((low + (v + 1) / 2 * (high - low)) / 2)
+        if "noise" in case.kwargs:
+            x += stddev * case.kwargs["noise"][n].double().cpu()
+        result[n] = x
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_step_is_the_formula(
+    dtype: torch.dtype, learned: bool, per_sample: bool, device: torch.device, backend: str
+) -> None:
+    options: dict[str, Any] = {"learned": learned, "per_sample": per_sample, "x0_prev": True}
+    case = reverse_step_case((5, 3, 7, 9), dtype=dtype, device=device, seed=3, **options)
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14
+    expected = formula(case)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        x_prev.double().cpu(), expected, rtol=tolerance, atol=8 * scale * max(tolerance / 8, 1e-15)
+    )
+
+
+def test_learned_stddev_is_within_2_ulp(device: torch.device, backend: str) -> None:
+    v = torch.linspace(-1, 1, 20_001, device=device).reshape(1, 1, -1)
+    for low, high in [(-1.0, 1.0), (-40.0, -2.0), (-9.2, -9.1), (0.0, 50.0)]:
+        rows = torch.zeros(1, len(ROW), device=device)
+        rows[0, 6:9] = torch.tensor([1.0, low, high])
+        zero = torch.zeros_like(v)
+        stddev = ops.reverse_step(
+            zero,
+            torch.cat([zero, v], dim=1),
+            rows,
+            torch.zeros((), dtype=torch.int64, device=device),
+            noise=torch.ones_like(v),
+            backend=backend,
+        )
+        # From the float32 log-variance on, so that its own rounding is not counted.
+        fraction = (v + 1) * 0.5
+        log_variance = fraction * high + (1 - fraction) * low
+        expected = (0.5 * log_variance).double().exp().float()
+        assert int((stddev.view(torch.int32) - expected.view(torch.int32)).abs().max()) <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("noise", ["given", "drawn", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_and_layouts_agree(
+    layout: str, noise: str, dtype: torch.dtype, device: torch.device, backend: str
+) -> None:
+    """Functional, out and in place, in every layout: the same bytes."""
+    options: dict[str, Any] = {"dtype": dtype, "noise": noise, "x0_prev": True, "learned": True}
+    shape = (3, 3, 9, 7)
+    plain = reverse_step_case(shape, device=device, **options)
+    case = reverse_step_case(shape, layout=layout, device=device, **options)
+    expected = ops.reverse_step(*plain.args, **plain.kwargs, backend=backend)
+    assert torch.equal(ops.reverse_step(*case.args, **case.kwargs, backend=backend), expected)
+
+    out = laid_out(torch.full_like(plain.x_t, 7), layout)
+    returned = ops.reverse_step(*case.args, **case.kwargs, out=out, backend=backend)
+    assert returned is out and torch.equal(out, expected)
+
+    x_t = case.x_t
+    returned = ops.reverse_step(*case.args, **case.kwargs, out=x_t, backend=backend)
+    assert returned is x_t and torch.equal(x_t, expected)
+
+
+@pytest.mark.parametrize("layout", ["slice_of_batch", "slice_of_channels"])
+def test_nothing_is_written_beside_the_output(
+    layout: str, device: torch.device, backend: str
+) -> None:
+    case = reverse_step_case((3, 3, 5, 7), noise="drawn", device=device)
+    buffers = []
+    for _ in range(2):
+        buffer = torch.full((7, 5, 5, 7), 42.0, device=device)
+        view = buffer[1::2, :3] if layout == "slice_of_batch" else buffer[:3, 1:4]
+        buffers.append((buffer, view))
+    (out_buffer, out), (xstart_buffer, xstart) = buffers
+    ops.reverse_step(*case.args, **case.kwargs, out=out, pred_xstart=xstart, backend=backend)
+    for buffer, view in ((out_buffer, out), (xstart_buffer, xstart)):
+        assert not (view == 42).any()
+        view.fill_(42)
+        assert (buffer == 42).all()
+
+
+def test_history_may_be_updated_in_place(device: torch.device, backend: str) -> None:
+    case = reverse_step_case(x0_prev=True, device=device)
+    fresh = torch.empty_like(case.x_t)
+    expected = ops.reverse_step(*case.args, **case.kwargs, pred_xstart=fresh, backend=backend)
+    history = case.kwargs["x0_prev"]
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, pred_xstart=history, backend=backend)
+    assert torch.equal(x_prev, expected) and torch.equal(history, fresh)
+
+
+def test_a_network_may_return_its_input(device: torch.device, backend: str) -> None:
+    case = reverse_step_case(device=device)
+    x_t, _, rows, step = case.args
+    expected = ops.reverse_step(x_t, x_t.clone(), rows, step, **case.kwargs, backend=backend)
+    ops.reverse_step(x_t, x_t, rows, step, **case.kwargs, out=x_t, backend=backend)
+    assert torch.equal(x_t, expected)
+
+
+def test_clamp_passes_nan_on(device: torch.device, backend: str) -> None:
+    case = reverse_step_case(device=device)
+    case.args[1][0, 0, 0, 0] = torch.nan
+    xstart = torch.empty_like(case.x_t)
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, pred_xstart=xstart, backend=backend)
+    assert xstart[0, 0, 0, 0].isnan() and x_prev[0, 0, 0, 0].isnan()
+    assert int(x_prev.isnan().sum()) == 1
+
+
+def test_zero_coefficients_read_nothing(device: torch.device, backend: str) -> None:
+    """Infinite outputs are clamped, and unwritten noise and history do not matter."""
+    case = reverse_step_case(x0_prev=True, device=device)
+    x_t, output, rows, _ = case.args
+    row = dict(zip(ROW, range(len(ROW)), strict=True))
+    rows[0, row["mean_from_out"]] = 0
+    rows[0, row["mean_from_x0_prev"]] = 0
+    rows[0, row["sigma"]] = 0
+    output.fill_(torch.inf)
+    case.kwargs["noise"].fill_(torch.nan)
+    case.kwargs["x0_prev"].fill_(torch.nan)
+    step = torch.tensor(0, device=device)
+    x_prev = ops.reverse_step(x_t, output, rows, step, **case.kwargs, backend=backend)
+    sign = torch.sign(rows[0, row["x0_from_out"]])
+    expected = rows[0, row["mean_from_x0"]] * sign + rows[0, row["mean_from_xt"]] * x_t
+    torch.testing.assert_close(x_prev, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0)])
+def test_empty_batches(shape: tuple[int, ...], device: torch.device, backend: str) -> None:
+    case = reverse_step_case(shape, device=device, noise="drawn")
+    assert ops.reverse_step(*case.args, **case.kwargs, backend=backend).shape == shape
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_bytes(device: torch.device, native: str) -> None:
+    """Past 2^31 bytes, and past 2^31 elements in float16, offsets need 64 bits."""
+    dtype, shape = torch.float16, (1, 2, 2**15, 2**15 + 1)
+    x = torch.zeros(shape, dtype=dtype, device=device)
+    rows = torch.zeros(1, len(ROW), device=device)
+    rows[0, ROW.index("sigma")] = 1
+    seed, index = torch.tensor(3, device=device), torch.tensor([5], device=device)
+    step = torch.tensor(0, device=device)
+    ops.reverse_step(x, x.clone(), rows, step, seed=seed, sample_index=index, out=x, backend=native)
+    assert x.numel() > 2**31
+    drawn = ops.philox_normal(
+        (1, 64), seed=seed, sample_index=index, timestep=step, stream=1, dtype=dtype
+    )
+    assert torch.equal(x.flatten()[:64], drawn[0])
+    # The last elements hold the normals of their own place in the sample.
+    from ddpm_fast.reference import _box_muller, _philox
+
+    call = (x.numel() - 2) // 4
+    words = _philox([torch.tensor(w) for w in (call, 5, 0, 1)], [torch.tensor(3), torch.tensor(0)])
+    tail = torch.stack([*_box_muller(words[0], words[1])]).to(dtype)
+    torch.testing.assert_close(x.flatten()[-2:].cpu(), tail, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("noise", ["given", "drawn", "none"])
+def test_gradients(learned: bool, noise: str, device: torch.device, backend: str) -> None:
+    options: dict[str, Any] = {"learned": learned, "noise": noise, "x0_prev": True}
+    case = reverse_step_case((2, 2, 3), dtype=torch.float64, device=device, **options)
+    x_t, output, rows, step = case.args
+    tensors = [x_t, output, case.kwargs.pop("x0_prev")]
+    if noise == "given":
+        tensors.append(case.kwargs.pop("noise"))
+
+    def step_of(
+        x: torch.Tensor, out: torch.Tensor, x0: torch.Tensor, z: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        given_noise = {} if z is None else {"noise": z}
+        return ops.reverse_step(
+            x, out, rows, step, x0_prev=x0, **given_noise, **case.kwargs, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(step_of, [t.requires_grad_() for t in tensors])
+
+
+def test_gradients_stop_at_the_clamp(device: torch.device, backend: str) -> None:
+    case = reverse_step_case(clip=0.1, noise="none", device=device)
+    for tensor in case.args[:2]:
+        tensor.requires_grad_()
+    grads = []
+    for which in (backend, "reference"):
+        x_prev = ops.reverse_step(*case.args, **case.kwargs, backend=which)
+        grads.append(torch.autograd.grad(x_prev.square().sum(), case.args[:2]))
+    for ours, spec in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, spec)
+
+
+OPCHECK_CASES = [
+    {"noise": "drawn", "learned": True, "x0_prev": True},
+    {"noise": "given", "layout": "channels_last"},
+    {"noise": "none", "dtype": torch.bfloat16, "per_sample": True},
+]
+
+
+@pytest.mark.parametrize("options", OPCHECK_CASES)
+@pytest.mark.parametrize("form", ["functional", "in_place", "out"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(
+    options: dict[str, Any], form: str, grad: bool, device: torch.device, native: str
+) -> None:
+    if grad and form != "functional":
+        pytest.skip("only the functional form carries gradients")
+    case = reverse_step_case(device=device, **options)
+    names = ("noise", "seed", "sample_index", "x0_prev", "clip")
+    inputs = *case.args, *(case.kwargs.get(name) for name in names)
+    if grad:
+        inputs[0].requires_grad_(), inputs[1].requires_grad_()
+    op = torch.ops.ddpm_fast
+    xstart = torch.empty_like(case.x_t)
+    if form == "functional":
+        torch.library.opcheck(op.reverse_step.default, inputs)
+    elif form == "in_place":
+        torch.library.opcheck(op.reverse_step_.default, (*inputs, xstart))
+    else:
+        torch.library.opcheck(op.reverse_step.out, (*inputs, torch.empty_like(case.x_t), xstart))
+
+
+def test_no_recompilation_when_the_batch_changes(device: torch.device, backend: str) -> None:
+    torch._dynamo.reset()
+
+    def chain(case: ReverseStepCase) -> torch.Tensor:
+        return ops.reverse_step(*case.args, **case.kwargs, backend=backend).mul(2)
+
+    compiled = torch.compile(chain, dynamic=True, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 7):
+            case = reverse_step_case((batch, 3, 8, 8), noise="drawn", device=device)
+            torch.testing.assert_close(compiled(case), chain(case))
+
+
+def test_random_inputs_are_not_all_alike() -> None:
+    """The factory's rows exercise each coefficient: none is zero in the row that tests use most."""
+    rows = reverse_step_case().args[2]
+    assert (rows[0] != 0).all() and randn((3,), 0).std() > 0

@@ -1,0 +1,305 @@
+"""The sampling loop: what it is given, what it leaves alone, and on what its pictures depend."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cases import GaussianModel
+from ddpm_fast import GaussianDiffusion, sample, sample_progressive
+
+SHAPE = (3, 2, 5, 7)
+DIFFUSION = GaussianDiffusion.from_schedule("linear", 20, beta_end=0.3)
+
+
+class ConstantModel(nn.Module):
+    """Answers with a learnable constant, and remembers what it was asked."""
+
+    def __init__(self, num_classes: int | None = None, out_channels: int = 2) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.dropout = nn.Dropout(0.9)
+        self.num_classes = num_classes
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # The loop overwrites what it passes.
+        self.calls.append(
+            {"x": x.clone(), "t": t.clone(), "training": self.dropout.training, **kwargs}
+        )
+        bias = self.bias.reshape(1, -1, *[1] * (x.dim() - 2))
+        labels = kwargs.get("class_labels")
+        if labels is not None:
+            bias = bias + 0.1 * labels.reshape(-1, *[1] * (x.dim() - 1))
+        return self.dropout(bias.expand(len(x), -1, *x.shape[2:]))
+
+
+def draw(model: Any = None, shape: tuple[int, ...] = SHAPE, **options: Any) -> torch.Tensor:
+    options = {"diffusion": DIFFUSION, "seed": 0} | options
+    return sample(GaussianModel(DIFFUSION) if model is None else model, shape, **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_sample_does_not_depend_on_its_batch(
+    sampler: str, device: torch.device, backend: str
+) -> None:
+    """Sample 17 of seed 0, in a batch of 1 or 64, in any shard: the same bytes."""
+    options: dict[str, Any] = {"sampler": sampler, "backend": backend, "device": device}
+    if sampler == "ddim":
+        options["eta"] = 0.5
+    whole = draw(shape=(64, *SHAPE[1:]), **options)
+    for first, count in ((0, 1), (17, 1), (17, 5), (60, 4)):
+        part = draw(shape=(count, *SHAPE[1:]), first_index=first, **options)
+        assert torch.equal(part, whole[first : first + count])
+
+
+def test_native_and_reference_draw_the_same_pictures(device: torch.device, native: str) -> None:
+    ours = draw(backend=native, device=device)
+    torch.testing.assert_close(ours, draw(backend="reference", device=device), rtol=0, atol=2e-5)
+
+
+def test_seeds_differ_and_repeat(backend: str) -> None:
+    a, b, c = (draw(seed=seed, backend=backend) for seed in (1, 1, 2**64 - 1))
+    assert torch.equal(a, b) and not torch.isclose(a, c).all()
+
+
+def test_manual_seed_governs_where_no_seed_is_given() -> None:
+    drawn = []
+    for global_seed in (3, 3, 4):
+        torch.manual_seed(global_seed)
+        drawn.append(draw(seed=None))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_generator_draws_with_randn(backend: str) -> None:
+    """The textbook's loop with torch.randn, draw by draw."""
+    x = draw(seed=None, generator=torch.Generator().manual_seed(5), backend=backend)
+    generator = torch.Generator().manual_seed(5)
+    model = GaussianModel(DIFFUSION)
+    expected = torch.randn(SHAPE, generator=generator)
+    for i in reversed(range(20)):
+        t = torch.full((3,), i)
+        x0 = DIFFUSION.predict_xstart(expected, t, model(expected, t)).clamp(-1, 1)
+        expected = DIFFUSION.q_posterior(x0, expected, t)[0]
+        if i > 0:
+            noise = torch.randn(SHAPE, generator=generator)
+            expected = expected + DIFFUSION.betas[i].sqrt().float() * noise
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_x_T_is_where_it_starts(backend: str) -> None:
+    x_T = torch.randn(SHAPE, dtype=torch.float64)
+    kept = x_T.clone()
+    options: dict[str, Any] = {"sampler": "ddim", "backend": backend}
+    a, b = (draw(x_T=x_T, seed=seed, **options) for seed in (0, 1))
+    assert torch.equal(a, b) and torch.equal(x_T, kept) and a.dtype == torch.float32
+
+
+def test_the_network_sees_the_timesteps_in_eval_mode(backend: str) -> None:
+    model = ConstantModel()
+    draw(model, num_steps=5, timestep_spacing="leading", backend=backend)
+    assert [call["t"].tolist() for call in model.calls] == [[t] * 3 for t in (16, 12, 8, 4, 0)]
+    assert all(call["t"].dtype == torch.int64 for call in model.calls)
+    assert not any(call["training"] for call in model.calls)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_modes_are_put_back_after_an_interruption(error: type[BaseException]) -> None:
+    model = ConstantModel()
+    model.train()
+    model.dropout.eval()
+    draw(model)
+    assert model.training and not model.dropout.training
+
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(error):
+        draw(model, callback=interrupt)
+    assert model.training and not model.dropout.training
+
+    steps = sample_progressive(model, SHAPE, diffusion=DIFFUSION)
+    next(steps)
+    assert not model.training
+    steps.close()
+    assert model.training
+
+
+def test_samples_are_ordinary_tensors(backend: str) -> None:
+    """No gradient recorded, yet fit for autograd, unlike tensors of inference mode."""
+    model = ConstantModel()
+    x = draw(model, backend=backend)
+    assert not x.requires_grad and not x.is_inference()
+    (x * model.bias.reshape(1, 2, 1, 1)).sum().backward()
+    assert model.bias.grad is not None and torch.is_grad_enabled()
+
+
+def test_progressive_is_sample_step_by_step(backend: str) -> None:
+    model = GaussianModel(DIFFUSION)
+    steps = list(sample_progressive(model, SHAPE, diffusion=DIFFUSION, seed=0, backend=backend))
+    assert [step for step, _, _ in steps] == list(range(20))
+    assert torch.equal(steps[-1][1], draw(backend=backend))
+    # The last step leads to its own prediction of x_start, which is clamped.
+    torch.testing.assert_close(steps[-1][1], steps[-1][2])
+    assert all(xstart.abs().max() <= 1 for _, _, xstart in steps)
+    assert len({x.data_ptr() for _, x, _ in steps}) == 20
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_progressive_refuses_at_the_call() -> None:
+    with pytest.raises(ValueError, match="sampler must be one of"):
+        sample_progressive(ConstantModel(), SHAPE, sampler="euler")
+
+
+def test_callback_sees_every_step(backend: str) -> None:
+    seen: list[tuple[int, int, float]] = []
+    x = draw(
+        num_steps=4,
+        backend=backend,
+        callback=lambda step, t, x, xstart: seen.append((step, t, float(x.mean()))),
+    )
+    assert [(step, t) for step, t, _ in seen] == [(0, 19), (1, 14), (2, 9), (3, 4)]
+    assert seen[-1][2] == float(x.mean())
+
+
+def test_labels_and_keywords_reach_the_network() -> None:
+    model = ConstantModel(num_classes=10)
+    for labels in ([1, 2, 3], torch.tensor([1, 2, 3]), 7):
+        draw(model, num_steps=1, class_labels=labels, model_kwargs={"flag": "yes"})
+        call = model.calls[-1]
+        assert call["flag"] == "yes" and call["class_labels"].dtype == torch.int64
+        assert call["class_labels"].tolist() == (
+            [7, 7, 7] if isinstance(labels, int) else [1, 2, 3]
+        )
+
+
+def test_guidance_mixes_outputs_before_the_clamp(backend: str) -> None:
+    """uncond + w (cond - uncond): here 0.1 (10 + w (label - 10)) for every element."""
+    diffusion = GaussianDiffusion.from_schedule(
+        "linear", 20, prediction_type="sample", clip_denoised=True
+    )
+    model = ConstantModel(num_classes=10)
+    options: dict[str, Any] = {"diffusion": diffusion, "num_steps": 1, "backend": backend}
+    x = draw(model, class_labels=[10, 9, 8], guidance_scale=3.0, **options)
+    assert model.calls[-1]["class_labels"].tolist() == [10, 9, 8, 10, 10, 10]
+    torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([1.0, 0.7, 0.4]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_the_networks_not_the_states(
+    precision: str, device: torch.device, backend: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 2, 3, padding=1).to(device)
+    seen = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        output = model(x)
+        seen.append(output.dtype)
+        return output
+
+    options: dict[str, Any] = {"device": device, "backend": backend}
+    exact = draw(network, **options)
+    x = draw(network, precision=precision, **options)
+    assert x.dtype == torch.float32
+    assert seen[-1] == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    torch.testing.assert_close(x, exact, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_models_dtype(dtype: torch.dtype, backend: str) -> None:
+    """A float64 model gets a float64 state; a half-precision one a float32 state, cast for it."""
+    model = ConstantModel().to(dtype)
+    x = draw(model, backend=backend)
+    assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(call["x"].dtype == dtype for call in model.calls)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_learned_variance_reads_twice_the_channels(
+    variance_type: str, sampler: str, backend: str
+) -> None:
+    diffusion = GaussianDiffusion(variance_type=variance_type)
+    options: dict[str, Any] = {"diffusion": diffusion, "num_steps": 5, "sampler": sampler}
+    x = draw(ConstantModel(out_channels=4), backend=backend, **options)
+    assert x.shape == SHAPE and x.isfinite().all()
+    sentence = f"a {variance_type} variance needs a model with 4 output channels; got 2"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        draw(ConstantModel(), backend=backend, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 9), (2, 1, 4, 4), (1, 2, 3, 4, 5)])
+def test_any_number_of_dimensions(shape: tuple[int, ...], backend: str) -> None:
+    x = draw(shape=shape, backend=backend)
+    assert x.shape == shape and x.isfinite().all() and x.abs().max() <= 1
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    draw(num_steps=3, progress=True)
+    captured = capsys.readouterr()
+    assert "3/3" in captured.err and captured.out == ""
+    draw(num_steps=3)
+    assert capsys.readouterr().err == ""
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"shape": (3,)}, "shape must be (N, C, ...), each at least 1; got (3,)"),
+    ({"shape": (0, 3, 4)}, "shape must be (N, C, ...), each at least 1; got (0, 3, 4)"),
+    ({"seed": -1}, "seed must lie in [0, 2**64); got -1"),
+    ({"seed": 2**64}, f"seed must lie in [0, 2**64); got {2**64}"),
+    ({"generator": torch.Generator()}, "give seed or generator, not both"),
+    ({"first_index": -1}, "first_index must lie in [0, 2**48 - 3]; got -1"),
+    ({"first_index": 2**48 - 2}, f"first_index must lie in [0, 2**48 - 3]; got {2**48 - 2}"),
+    ({"sampler": "euler"}, "sampler must be one of ddpm, ddim; got 'euler'"),
+    ({"num_steps": 0}, "num_steps must lie in [1, 20]; got 0"),
+    ({"eta": 0.1}, "eta belongs to ddim; got 0.1 for ddpm"),
+    ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16; got 'int8'"),
+    ({"backend": "cuda"}, "backend must be one of auto, native, reference; got 'cuda'"),
+    ({"x_T": torch.zeros(1, 2)}, "x_T must have shape [3, 2, 5, 7]; got [1, 2]"),
+    (
+        {"x_T": torch.zeros(SHAPE, dtype=torch.int64)},
+        "x_T must hold floating-point numbers; got torch.int64",
+    ),
+    ({"class_labels": [1, 2]}, "class_labels must have shape [3]; got [2]"),
+    ({"class_labels": [0.5] * 3}, "class_labels must be integers; got torch.float32"),
+    (
+        {"class_labels": [0, 1, 11]},
+        "class_labels must lie in [0, 9], or be the null label 10",
+    ),
+    ({"guidance_scale": 2.0}, "guidance_scale needs class_labels to guide towards"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
+def test_bad_options_are_refused_before_any_work(options: dict[str, Any], sentence: str) -> None:
+    model = ConstantModel(num_classes=10)
+    with pytest.raises(ValueError) as error:
+        draw(model, **options)
+    assert str(error.value) == sentence and not model.calls
+
+
+def test_guidance_needs_a_null_label() -> None:
+    with pytest.raises(ValueError, match=r"^guidance_scale needs a model with num_classes"):
+        draw(ConstantModel(), class_labels=1, guidance_scale=2.0)
+
+
+def test_a_network_of_another_shape_is_named(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"^reverse_step: model_output must have the shape of x_t"):
+        draw(ConstantModel(out_channels=3), backend=backend)
+
+
+def test_interrupted_runs_go_on_where_they_were(backend: str) -> None:
+    """Half of the steps now, the other half from the state reached: the same picture."""
+    model = GaussianModel(DIFFUSION)
+    diffusion = GaussianDiffusion(DIFFUSION.betas, variance_type="fixed_large")
+    options: dict[str, Any] = {"diffusion": diffusion, "seed": 0, "backend": backend}
+    whole = sample(model, SHAPE, **options)
+    half = itertools.islice(sample_progressive(model, SHAPE, **options), 10)
+    *_, (_, x, _) = half
+    rest = sample(model, SHAPE, x_T=x, timestep_spacing=list(range(10))[::-1], **options)
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-6)
