@@ -1,8 +1,4 @@
-"""The command line: ``ddpm-fast train | sample | info``, each a thin wrapper around the library.
-
-PyTorch is imported where it is first needed, so that ``--help`` and mistyped options answer at
-once.
-"""
+"""The command line: ``ddpm-fast train | sample | info``, each a thin wrapper around the library."""
 
 from __future__ import annotations
 
@@ -17,25 +13,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-    from .diffusion import GaussianDiffusion
-    from .models import LightweightUNet, UNet
-    from .training import Recipe
+from . import image_io, info
+from .checkpoint import BUNDLED, load
+from .diffusion import GaussianDiffusion
+from .models import LightweightUNet, UNet
+from .ops import BACKENDS, serves_natively
+from .sampler import PRECISIONS, sample
+from .schedules import TIMESTEP_SPACINGS
+from .solvers import SAMPLERS
+from .training import Recipe, digits_recipe, folder_recipe, train
 
 PROG = "ddpm-fast"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-# The library's options, here again because importing them would import PyTorch.
-SAMPLERS = ("ddpm", "ddim")
-SPACINGS = ("leading", "linspace", "trailing")
-PRECISIONS = ("fp32", "bf16", "fp16")
-BACKENDS = ("auto", "native", "reference")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,11 +82,6 @@ def _sample(args: argparse.Namespace) -> None:
     kind = output_kind(args.out)
     check_writable(args.out)
 
-    import torch
-
-    from . import image_io
-    from .checkpoint import load
-
     device = _device(args.device)
     native = _serves_natively(device, args.backend)
     model, diffusion = load(args.checkpoint, device=device)
@@ -123,11 +114,6 @@ def _batches(
     device: torch.device,
 ) -> Iterator[tuple[int, Tensor]]:
     """Draw batch after batch; gives the index of its first sample, and its images on the CPU."""
-    import torch
-    from tqdm import tqdm
-
-    from .sampler import sample
-
     size = args.image_size or getattr(model, "image_size", None)
     if size is None:
         raise ValueError("this model draws pictures of any size: choose one with --image-size")
@@ -248,8 +234,6 @@ def _labels(model: LightweightUNet | UNet, args: argparse.Namespace) -> list[int
 
 
 def _serves_natively(device: torch.device, backend: str) -> bool:
-    from .ops import serves_natively
-
     try:
         return serves_natively(device, backend)
     except RuntimeError as error:
@@ -262,8 +246,6 @@ def _device(name: str | None) -> torch.device:
     Raises:
         ValueError: there is no such device.
     """
-    import torch
-
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -295,8 +277,6 @@ FOLDER_OPTIONS = ("image_size", "classes_from_folders", "channels", "model_chann
 def _train(args: argparse.Namespace) -> None:
     check_writable(args.out)
 
-    from .training import train
-
     device = _device(args.device)
     recipe = _recipe(args)
     started = time.perf_counter()
@@ -308,8 +288,6 @@ def _train(args: argparse.Namespace) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """What the data asks for, with the changes that the options make."""
-    from .training import digits_recipe, folder_recipe
-
     given = {name: value for name, value in vars(args).items() if value is not None}
     options = {name: given[name] for name in TRAIN_OPTIONS if name in given}
     if args.data == "digits":
@@ -332,9 +310,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from . import info
-    from .checkpoint import BUNDLED
-
     facts = info() | {"models": list(BUNDLED)}
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -400,8 +375,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_sample_options(command("sample", _sample, "draw samples and write them as pictures"))
     _add_train_options(command("train", _train, "train a model on the digits or on your pictures"))
-    info = command("info", _info, "tell versions, the backend of each device, bundled models")
-    info.add_argument("--json", action="store_true", help="as JSON")
+    parser_of_info = command(
+        "info", _info, "tell versions, the backend of each device, bundled models"
+    )
+    parser_of_info.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
@@ -455,7 +432,7 @@ def _add_sample_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--spacing",
-        choices=SPACINGS,
+        choices=TIMESTEP_SPACINGS,
         default="trailing",
         help="which timesteps to take where they are fewer (default: %(default)s)",
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +101,20 @@ def test_counter_layout(device: torch.device, backend: str) -> None:
     angle = (w[:, 1::2] / 64).floor() * 2.0**-26 * 2 * torch.pi
     expected = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).reshape(1, 8)
     torch.testing.assert_close(z.cpu().double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_every_word_gives_an_accurate_normal(tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    here, program = Path(__file__).parent, tmp_path / "accuracy"
+    flags = ["-std=c++17", "-O3", "-ffp-contract=off", f"-I{here.parent / 'csrc'}"]
+    source = here / "accuracy_of_normals.cpp"
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    radius, direction = (float(error) for error in run.stdout.split())
+    assert 1 <= radius <= 1.55 and 1 <= direction <= 1.24
 
 
 @pytest.mark.parametrize("stream", [0, 1, 65535])
