@@ -4,15 +4,16 @@
 
 #include <torch/library.h>
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "layout.h"
 
@@ -70,14 +71,15 @@ inline void check_same_shape(const Argument& a, const Argument& like) {
 
 // The stride from one pixel to the next, or nothing where the pixels are not evenly spaced.
 inline std::optional<int64_t> pixel_stride(const Tensor& t) {
-  int64_t stride = 0, span = 1;
+  std::optional<int64_t> stride;
+  int64_t span = 1;
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
-    if (stride == 0) stride = t.stride(d);
-    if (t.stride(d) != stride * span) return std::nullopt;
+    if (!stride) stride = t.stride(d);
+    if (t.stride(d) != *stride * span) return std::nullopt;
     span *= t.size(d);
   }
-  return stride == 0 ? 1 : stride;
+  return stride.value_or(1);
 }
 
 inline void check_layout(const Argument& a) {
@@ -137,7 +139,8 @@ inline void check_like(const Argument& a, const Argument& like) {
 }
 
 inline bool same_view(const Tensor& a, const Tensor& b) {
-  return a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides();
+  return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() &&
+         a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
 // The addresses that a tensor spans, gaps included.
@@ -157,12 +160,30 @@ inline void check_no_overlap(const Argument& written, const Argument& other,
                     " must not overlap the memory of ", other.name);
 }
 
+// Whether each dimension steps over all that the dimensions of smaller strides span.
+inline bool elements_are_apart(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return false;
+    span += stride * (size - 1);
+  }
+  return true;
+}
+
 // A tensor to write into: each element at an address of its own.
 inline void check_output(const Argument& a, const Argument& like) {
   check_like(a, like);
-  TORCH_CHECK_VALUE(at::has_internal_overlap(a.tensor) != at::MemOverlap::Yes, a,
+  TORCH_CHECK_VALUE(a.tensor.numel() == 0 || elements_are_apart(a.tensor), a,
                     " must not share memory among its elements; got strides ", a.tensor.strides());
 }
+
+// Lets autograd notice that a tensor which it has saved is no longer what it was.
+inline void mark_written(const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }
 
 inline Shape shape_of(const Tensor& x) {
   const int64_t samples = x.size(0), channels = x.size(1);

@@ -39,7 +39,8 @@ struct QSampleKernel {
 
   Shape shape;
   View<const State> x_start;
-  View<State> noise;  // read where it is given, written where it is drawn
+  View<const State> given_noise;
+  View<State> drawn_noise;
   View<State> x_t;
   const T* rows;
   int64_t num_rows;
@@ -49,7 +50,8 @@ struct QSampleKernel {
   explicit QSampleKernel(const QSample& a)
       : shape(shape_of(a.x_start)),
         x_start(view_of<const State>(a.x_start, shape)),
-        noise(view_of<State>(a.noise, shape)),
+        given_noise(a.seed ? View<const State>{} : view_of<const State>(a.noise, shape)),
+        drawn_noise(a.seed ? view_of<State>(a.noise, shape) : View<State>{}),
         x_t(view_of<State>(a.x_t, shape)),
         rows(a.rows.const_data_ptr<T>()),
         num_rows(a.rows.size(0)),

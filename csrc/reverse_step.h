@@ -167,6 +167,8 @@ struct ReverseStepForms {
                         sample_index, x0_prev,      clip, out,  pred_xstart};
     check_outputs(a);
     launch(a);
+    mark_written(a.out);
+    if (a.pred_xstart) mark_written(*a.pred_xstart);
   }
 };
 

@@ -59,6 +59,7 @@ DDPM_HOST_DEVICE double exponential(double x) {
 }
 
 // e^x = 2^n e^r with |r| <= ln(2) / 2, as IEEE operations only, so that every build rounds alike.
+// It saturates at 2^-126 and 2^126, past any standard deviation.
 DDPM_HOST_DEVICE float exponential(float x) {
   const float bounded = clamp(x, 126.0f * 0x1.62e43p-1f);
   const float n = fma(bounded, 0x1.715476p+0f, 0x1.8p+23f) - 0x1.8p+23f;

@@ -79,12 +79,13 @@ def check_same_shape(a: Argument, like: Argument) -> None:
         )
 
 
-def _pixels_evenly_spaced(tensor: Tensor) -> bool:
-    stride, span = 0, 1
+def is_walkable(tensor: Tensor) -> bool:
+    """Whether a kernel can walk a batch: each sample's pixels are evenly spaced in memory."""
+    stride, span = None, 1
     for size, step in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
         if size == 1:
             continue
-        stride = stride or step
+        stride = step if stride is None else stride
         if step != stride * span:
             return False
         span *= size
@@ -93,7 +94,7 @@ def _pixels_evenly_spaced(tensor: Tensor) -> bool:
 
 def check_layout(a: Argument) -> None:
     """Each sample contiguous or channels_last, or a slice of such."""
-    if a.tensor.numel() != 0 and not _pixels_evenly_spaced(a.tensor):
+    if a.tensor.numel() != 0 and not is_walkable(a.tensor):
         raise ValueError(
             f"{a} must be contiguous or channels_last within each sample; "
             f"got shape {_shape(a.tensor)} with strides {list(a.tensor.stride())}"
@@ -133,14 +134,21 @@ def check_range(index: Argument, rows: Argument) -> None:
         raise IndexError(f"{index} must lie in [0, {last}]; got {int(outside.flatten()[0])}")
 
 
-def check_noise_source(
-    like: Argument, noise: Tensor | None, seed: Tensor | None, sample_index: Tensor | None
+def check_one_source(
+    op: str, noise: Tensor | None, seed: Tensor | None, sample_index: Tensor | None
 ) -> None:
     """Noise that is drawn, given, or absent."""
     if (seed is None) != (sample_index is None):
-        raise ValueError(f"{like.op}: seed and sample_index must be given together")
+        raise ValueError(f"{op}: seed and sample_index must be given together")
     if noise is not None and seed is not None:
-        raise ValueError(f"{like.op}: give noise or a seed, not both")
+        raise ValueError(f"{op}: give noise or a seed, not both")
+
+
+def check_noise_source(
+    like: Argument, noise: Tensor | None, seed: Tensor | None, sample_index: Tensor | None
+) -> None:
+    """One source of noise, its tensors fit for the batch."""
+    check_one_source(like.op, noise, seed, sample_index)
     if seed is not None and sample_index is not None:
         check_index(Argument(like.op, "seed", seed), like, scalar_allowed=True)
         check_index(Argument(like.op, "sample_index", sample_index), like, scalar_allowed=False)
@@ -155,7 +163,8 @@ def check_like(a: Argument, like: Argument) -> None:
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    same_memory = a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+    return same_memory and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -175,13 +184,19 @@ def check_no_overlap(written: Argument, other: Argument, *, same_view_allowed: b
         raise ValueError(f"{written} must not overlap the memory of {other.name}")
 
 
+def _elements_are_apart(tensor: Tensor) -> bool:
+    span = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step < span:
+            return False
+        span += step * (size - 1) if size > 1 else 0
+    return True
+
+
 def check_output(a: Argument, like: Argument) -> None:
     """A tensor to write into: each element at an address of its own."""
     check_like(a, like)
-    shared = any(
-        n > 1 and step == 0 for n, step in zip(a.tensor.shape, a.tensor.stride(), strict=True)
-    )
-    if shared:
+    if a.tensor.numel() != 0 and not _elements_are_apart(a.tensor):
         raise ValueError(
             f"{a} must not share memory among its elements; got strides {list(a.tensor.stride())}"
         )

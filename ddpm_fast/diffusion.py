@@ -47,6 +47,8 @@ class GaussianDiffusion:
         _check_option("prediction_type", prediction_type, PREDICTION_TYPES)
         if variance_type is not None:
             _check_option("variance_type", variance_type, VARIANCE_TYPES)
+        if not isinstance(clip_denoised, bool):
+            raise ValueError(f"clip_denoised must be True or False; got {clip_denoised!r}")
         self.prediction_type = prediction_type
         self.variance_type = variance_type
         self.clip_denoised = clip_denoised
@@ -153,13 +155,21 @@ class GaussianDiffusion:
             ValueError, TypeError, IndexError: see :func:`ddpm_fast.ops.q_sample`.
         """
         rows = self._forward_rows_for(x_start)
-        if noise is not None:
-            return ops.q_sample(x_start, t, rows, noise=noise, backend=backend)
+        if noise is not None and seed is None:
+            return ops.q_sample(
+                x_start, t, rows, noise=noise, sample_index=sample_index, backend=backend
+            )
         if sample_index is None:
             sample_index = torch.arange(len(x_start), device=x_start.device)
         seed_tensor = ops.seed_tensor(seed, x_start.device)
         return ops.q_sample(
-            x_start, t, rows, seed=seed_tensor, sample_index=sample_index, backend=backend
+            x_start,
+            t,
+            rows,
+            noise=noise,
+            seed=seed_tensor,
+            sample_index=sample_index,
+            backend=backend,
         )
 
     def q_step(self, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -167,8 +177,8 @@ class GaussianDiffusion:
 
         Ho et al. 2020, eq. 2. ``x_prev`` and ``noise`` are ``[N, C, ...]``, ``t`` int64 ``[N]``.
         """
-        keep = _at(1 - self.betas, t, x_prev).sqrt()
-        return keep * x_prev + _at(self.betas, t, x_prev).sqrt() * noise
+        keep, add = _at(1 - self.betas, t, x_prev).sqrt(), _at(self.betas, t, x_prev).sqrt()
+        return (keep * x_prev + add * noise).to(x_prev.dtype)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0).
@@ -180,7 +190,7 @@ class GaussianDiffusion:
         coef2 = _at(self.posterior_mean_coef2, t, x_t)
         variance = _at(self.posterior_variance, t, x_t)
         log_variance = _at(self.posterior_log_variance_clipped, t, x_t)
-        return coef1 * x_start + coef2 * x_t, variance, log_variance
+        return (coef1 * x_start + coef2 * x_t).to(x_t.dtype), variance, log_variance
 
     def predict_xstart(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
         """The x_start that a model's output stands for, before any clamp.
@@ -190,7 +200,8 @@ class GaussianDiffusion:
         tensors ``[N, C, ...]``, ``t`` int64 ``[N]``.
         """
         from_xt, from_out = self.xstart_coefs()
-        return _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output
+        predicted = _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output
+        return predicted.to(x_t.dtype)
 
     def xstart_coefs(self) -> tuple[Tensor, Tensor]:
         """float64 ``[T]`` each: x_start = first[t] x_t + second[t] model_output."""
@@ -207,7 +218,8 @@ class GaussianDiffusion:
         if self.prediction_type == "sample":
             return x_start
         signal = _at(self.sqrt_alphas_cumprod, t, x_start)
-        return signal * noise - _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        v = signal * noise - _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        return v.to(x_start.dtype)
 
     def training_losses(
         self,
@@ -226,25 +238,34 @@ class GaussianDiffusion:
         ``model`` is called as ``model(x_t, t, **model_kwargs)``.
 
         Raises:
-            ValueError: the variance is learned, for which L_simple alone gives no gradient.
+            ValueError: the variance is learned, for which L_simple alone gives no gradient, or
+                the model's output has another shape than ``x_start``.
         """
         if self.variance_type in ("learned", "learned_range"):
             raise ValueError(f"L_simple does not train a {self.variance_type} variance")
         x_t, noise = self.q_sample(x_start, t, noise, seed=seed, sample_index=sample_index)
         output = model(x_t, t, **(model_kwargs or {}))
         target = self.training_target(x_start, t, noise)
-        return (output.float() - target.float()).square().flatten(1).mean(dim=1)
+        if output.shape != target.shape:
+            raise ValueError(
+                "the model's output must have the shape of x_start; "
+                f"got {list(output.shape)} and {list(target.shape)}"
+            )
+        dtype = ops.compute_dtype(output.dtype)
+        return (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 
     def _forward_rows_for(self, x_start: Tensor) -> Tensor:
         key = x_start.device, ops.compute_dtype(x_start.dtype)
         if key not in self._forward_rows_on:
-            self._forward_rows_on[key] = self._forward_rows.to(*key)
+            with torch.inference_mode(False):  # autograd must be able to save what is kept
+                self._forward_rows_on[key] = self._forward_rows.to(*key)
         return self._forward_rows_on[key]
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    values = table.to(device=like.device, dtype=like.dtype)[t]
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    rows = table.to(device=like.device, dtype=ops.compute_dtype(like.dtype))
+    # Unlike rows[t], this refuses negative timesteps.
+    return rows.index_select(0, t.reshape(-1)).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _checked_betas(betas: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ are tensors on the batch's device, so that a captured graph reads them anew at e
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from . import _extension, reference
-from .checks import Argument, check_device, compute_dtype
-from .reference import ROW, STREAMS, learned_stddev, per_sample
+from .checks import Argument, check_device, check_one_source, compute_dtype
+from .reference import ROW, STREAMS, learned_stddev, per_sample, term
 
 __all__ = [
     "BACKENDS",
@@ -58,19 +60,21 @@ def serves_natively(device: torch.device, backend: str = "auto") -> bool:
     return False
 
 
-def seed_tensor(seed: int | None, device: torch.device | str) -> Tensor:
+def seed_tensor(seed: SupportsIndex | None, device: torch.device | str) -> Tensor:
     """A seed as the int64 ``[]`` that the ops read: its 64 bits, in device memory.
 
     None draws one from torch's global generator, which ``torch.manual_seed`` governs.
 
     Raises:
         ValueError: outside [0, 2**64).
+        TypeError: not an integer.
     """
     if seed is None:
-        return torch.empty((), dtype=torch.int64).random_().to(device)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must lie in [0, 2**64); got {seed}")
-    return torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64), device=device)
+        return torch.empty((), dtype=torch.int64, device="cpu").random_().to(device)
+    number = operator.index(seed)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"seed must lie in [0, 2**64); got {number}")
+    return torch.tensor(number if number < 1 << 63 else number - (1 << 64), device=device)
 
 
 def reverse_step(
@@ -127,13 +131,7 @@ def reverse_step(
         RuntimeError: gradients are asked for through ``out`` or ``pred_xstart``.
     """
     if out is not None or pred_xstart is not None:
-        _refuse_gradients("reverse_step", x_t, model_output, noise, x0_prev)
-    if model_output.device != x_t.device:
-        # The dispatcher would look for a kernel of that device before ours could object.
-        check_device(
-            Argument("reverse_step", "model_output", model_output),
-            Argument("reverse_step", "x_t", x_t),
-        )
+        _check_written("reverse_step", out, pred_xstart, x_t, model_output, noise, x0_prev)
     if not serves_natively(x_t.device, backend):
         return reference.reverse_step(
             x_t,
@@ -190,18 +188,15 @@ def q_sample(
     """
     if noise is None and seed is None and sample_index is None:
         raise ValueError("q_sample: give noise, or seed and sample_index")
+    check_one_source("q_sample", noise, seed, sample_index)
     if not serves_natively(x_start.device, backend):
         return reference.q_sample(
             x_start, t, rows, noise=noise, seed=seed, sample_index=sample_index
         )
-    if seed is None and sample_index is None and noise is not None:
-        return _native.q_sample(x_start, t, rows, noise), noise
     if noise is not None:
-        raise ValueError("q_sample: give noise or a seed, not both")
-    if seed is None or sample_index is None:
-        raise ValueError("q_sample: seed and sample_index must be given together")
+        return _native.q_sample(x_start, t, rows, noise), noise
     x_t, drawn = _native.q_sample.drawn(x_start, t, rows, seed, sample_index)
-    return x_t, drawn
+    return x_t, drawn.detach()
 
 
 def philox_normal(
@@ -227,6 +222,10 @@ def philox_normal(
         stream: what the numbers are for, in [0, 65535]; :data:`STREAMS` names those in use.
         dtype: float32, float64, bfloat16 or float16.
         backend: see the module.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or a stream out of range.
+        TypeError: a dtype that does not fit.
     """
     if not serves_natively(seed.device, backend):
         return reference.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
@@ -244,6 +243,10 @@ def philox(counter: Tensor, key: Tensor, *, backend: str = "auto") -> Tensor:
 
     Returns:
         int64 ``[K, 4]``, words in [0, 2**32).
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that is not int64.
     """
     if not serves_natively(counter.device, backend):
         return reference.philox(counter, key)
@@ -251,14 +254,18 @@ def philox(counter: Tensor, key: Tensor, *, backend: str = "auto") -> Tensor:
     return words
 
 
-def _refuse_gradients(op: str, *inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+def _check_written(op: str, *tensors: Tensor | None) -> None:
+    out, pred_xstart, *_ = tensors
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(
-            f"{op}: out and pred_xstart carry no gradient, but an input requires one"
+            f"{op}: out and pred_xstart carry no gradient, but a tensor requires one"
         )
+    for name, x in (("out", out), ("pred_xstart", pred_xstart)):
+        if x is not None and x.is_neg():
+            raise ValueError(f"{op}: {name} must not be a lazily negated view")
 
 
-# What torch.compile and autograd need to know of the native ops.
+# What torch.compile, the dispatcher and autograd need to know of the native ops.
 
 
 def _like_first(x: Tensor, *inputs: Any) -> Tensor:
@@ -273,7 +280,7 @@ def _nothing(*inputs: Any) -> None:
     return None
 
 
-def _fake_philox_normal(
+def _empty_normals(
     size: list[int],
     seed: Tensor,
     sample_index: Tensor,
@@ -284,15 +291,45 @@ def _fake_philox_normal(
     return torch.empty(size, dtype=dtype, device=seed.device)
 
 
+def _empty_words(counter: Tensor, key: Tensor) -> Tensor:
+    return torch.empty_like(counter, memory_format=torch.contiguous_format)
+
+
+_STEP = ("x_t", "model_output", "rows", "step", "noise", "seed", "sample_index", "x0_prev", "clip")
+
+# Each native op: the names of its arguments, and the shape of what it returns.
+_OPS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    "reverse_step": (_STEP, _like_first),
+    "reverse_step_": ((*_STEP, "pred_xstart"), _nothing),
+    "reverse_step.out": ((*_STEP, "out", "pred_xstart"), _nothing),
+    "q_sample": (("x_start", "t", "rows", "noise"), _like_first),
+    "q_sample.drawn": (("x_start", "t", "rows", "seed", "sample_index"), _two_like_first),
+    "philox_normal": (("shape", "the result", "sample_index", "timestep"), _empty_normals),
+    "philox": (("counter", "key"), _empty_words),
+}
+
+
+def _fake(op: str, names: tuple[str, ...], result: Callable[..., Any]) -> Callable[..., Any]:
+    """The op without its arithmetic. It is also what the dispatcher calls where devices are mixed
+    and one has no kernel; the tensors' own check of it would come too late.
+    """
+
+    def fake(*inputs: Any) -> Any:
+        given = zip(names, inputs, strict=False)
+        tensors = [Argument(op, name, x) for name, x in given if isinstance(x, Tensor)]
+        for argument in tensors[1:]:
+            check_device(argument, tensors[0])
+        return result(*inputs)
+
+    return fake
+
+
 def _register_fakes() -> None:
-    register = torch.library.register_fake
-    register("ddpm_fast::reverse_step", _like_first)
-    register("ddpm_fast::reverse_step_", _nothing)
-    register("ddpm_fast::reverse_step.out", _nothing)
-    register("ddpm_fast::q_sample", _like_first)
-    register("ddpm_fast::q_sample.drawn", _two_like_first)
-    register("ddpm_fast::philox_normal", _fake_philox_normal)
-    register("ddpm_fast::philox", _like_first)
+    for qualified, (names, result) in _OPS.items():
+        fake = _fake(qualified.split(".")[0].rstrip("_"), names, result)
+        torch.library.register_fake(f"ddpm_fast::{qualified}", fake)
+        if "cuda" not in _extension.native_devices:
+            torch.library.impl(f"ddpm_fast::{qualified}", "CUDA", fake)
 
 
 def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -308,7 +345,7 @@ def _reverse_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     grad_xstart = row["mean_from_x0"] * g
     if ctx.clip is not None:
-        xstart = row["x0_from_xt"] * x + row["x0_from_out"] * output
+        xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
         grad_xstart = torch.where(xstart.abs() <= ctx.clip, grad_xstart, 0.0)
     grad_x = row["x0_from_xt"] * grad_xstart + row["mean_from_xt"] * g
     grad_output = row["x0_from_out"] * grad_xstart + row["mean_from_out"] * g

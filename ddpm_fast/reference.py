@@ -1,8 +1,8 @@
 """What every op computes, in plain PyTorch: the specification, and the fallback.
 
 The native kernels (csrc/step_math.h, csrc/philox.h) are tested against these functions, and these
-against float64 and closed forms. They run on any device that PyTorch knows, and autograd goes
-through them.
+against float64 and closed forms. They run on any device with float64, and autograd goes through
+them.
 
 Tensors: a batch is ``[N, C, ...]``, float32, float64, bfloat16 or float16; arithmetic is float64
 for float64 and float32 for all else. Arguments named ``rows`` are tables in the compute dtype.
@@ -59,16 +59,16 @@ def reverse_step(
     x = x_t.to(rows.dtype)
     output = model_output[:, :channels].to(rows.dtype)
 
-    xstart = _term(row["x0_from_xt"], x) + _term(row["x0_from_out"], output)
+    xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
     if clip is not None:
         xstart = xstart.clamp(-clip, clip)
     mean = (
-        _term(row["mean_from_x0"], xstart)
-        + _term(row["mean_from_xt"], x)
-        + _term(row["mean_from_out"], output)
+        term(row["mean_from_x0"], xstart)
+        + term(row["mean_from_xt"], x)
+        + term(row["mean_from_out"], output)
     )
     if x0_prev is not None:
-        mean = mean + _term(row["mean_from_x0_prev"], x0_prev.to(rows.dtype))
+        mean = mean + term(row["mean_from_x0_prev"], x0_prev.to(rows.dtype))
 
     if seed is not None and sample_index is not None:
         noise = _normals(x_t.shape, seed, sample_index, row["timestep"].long(), STREAMS["reverse"])
@@ -76,7 +76,7 @@ def reverse_step(
         stddev = row["sigma"]
         if model_output.shape != x_t.shape:
             stddev = learned_stddev(row, model_output[:, channels:].to(rows.dtype))
-        mean = mean + _term(stddev, noise.to(rows.dtype))
+        mean = mean + term(stddev, noise.to(rows.dtype))
 
     if pred_xstart is not None:
         pred_xstart.copy_(xstart)
@@ -85,8 +85,8 @@ def reverse_step(
     return torch.empty_like(x_t).copy_(mean)
 
 
-def _term(coefficient: Tensor, value: Tensor) -> Tensor:
-    # A coefficient of zero reads nothing: 0 times infinity must not make NaN.
+def term(coefficient: Tensor, value: Tensor) -> Tensor:
+    """``coefficient * value``, except that a coefficient of zero reads nothing."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
 
 
@@ -94,7 +94,7 @@ def learned_stddev(row: dict[str, Tensor], v: Tensor) -> Tensor:
     """sigma_t of a learned variance, Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15."""
     fraction = (v + 1) * 0.5
     log_variance = fraction * row["max_log_variance"] + (1 - fraction) * row["min_log_variance"]
-    return row["sigma"] * (0.5 * log_variance).exp()
+    return term(row["sigma"], (0.5 * log_variance).exp())
 
 
 def q_sample(

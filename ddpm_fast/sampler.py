@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops
+from .checks import is_walkable
 from .diffusion import GaussianDiffusion
 from .solvers import Spacing, StepTable, step_table
 
@@ -54,6 +59,7 @@ def sample(
     Args:
         model: called as ``model(x_t, t, **model_kwargs)`` with x_t ``[N, C, ...]`` and t int64
             ``[N]``; returns ``[N, C or 2C, ...]``. A module is put into eval mode meanwhile.
+            It must not write into x_t and t, which each step overwrites.
         shape: ``(N, C, ...)`` of the samples.
         diffusion: the process the model was trained for; by default linear betas 1e-4 ... 0.02,
             T = 1000, epsilon prediction.
@@ -69,9 +75,11 @@ def sample(
         class_labels: int64 ``[N]``, or one for all: passed on as ``class_labels``.
         guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond) (Ho & Salimans
             2022), between the labels and the model's null label ``model.num_classes``.
-        model_kwargs: passed on to the model.
+        model_kwargs: passed on to the model; with guidance, for a batch of the conditional and,
+            behind them, the unconditional samples.
         device: where to compute; the model's by default.
-        precision: ``bf16`` or ``fp16`` runs the network under autocast; the state stays float32.
+        precision: ``bf16`` or ``fp16`` runs the network under autocast, ``fp32`` without; the
+            state stays float32.
         backend: ``auto``, ``native`` or ``reference``; see :mod:`ddpm_fast.ops`.
         progress: show a progress bar.
         callback: called as ``callback(step, t, x, pred_xstart)`` after each step, x being the
@@ -82,6 +90,7 @@ def sample(
 
     Raises:
         ValueError: an argument out of range, of another shape or unknown, before any work.
+        TypeError: an argument of another type, likewise.
         RuntimeError: backend ``native`` cannot serve the device.
     """
     run = _Run(model, shape, diffusion or GaussianDiffusion(), device, backend)
@@ -144,7 +153,7 @@ class _Run:
         backend: str,
     ) -> None:
         self.model = model
-        self.shape = tuple(shape)
+        self.shape = tuple(operator.index(size) for size in shape)
         if len(self.shape) < 2 or min(self.shape) < 1:
             raise ValueError(f"shape must be (N, C, ...), each at least 1; got {self.shape}")
         self.diffusion = diffusion
@@ -174,9 +183,13 @@ class _Run:
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-        self.autocast_dtype = None if precision in (None, "fp32") else PRECISIONS[str(precision)]
+        self.precision = precision
         self.model_kwargs = dict(model_kwargs or {})
         self.guidance_scale = guidance_scale
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be finite; got {guidance_scale}")
+        if class_labels is not None and "class_labels" in self.model_kwargs:
+            raise ValueError("give class_labels by itself or in model_kwargs, not both")
         if class_labels is not None:
             labels = _checked_labels(class_labels, self.shape[0], self.model).to(self.device)
             if guidance_scale is not None:
@@ -195,14 +208,14 @@ class _Run:
     ) -> None:
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
-        batch = self.shape[0]
+        batch, first_index = self.shape[0], operator.index(first_index)
         if not 0 <= first_index <= _MAX_SAMPLES - batch:
             raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first_index}")
         self.generator = generator
         if generator is None:
             self.seed = ops.seed_tensor(seed, self.device)
-            indices = torch.arange(first_index, first_index + batch)
-            self.sample_index = indices.to(self.device)
+            last = first_index + batch
+            self.sample_index = torch.arange(first_index, last, device=self.device)
         self.x = self._initial_noise() if x_T is None else self._checked_start(x_T)
 
     def _initial_noise(self) -> Tensor:
@@ -223,7 +236,8 @@ class _Run:
             raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
         if not x_T.is_floating_point():
             raise ValueError(f"x_T must hold floating-point numbers; got {x_T.dtype}")
-        return x_T.detach().to(self.device, self.dtype).contiguous().clone()
+        layout = torch.contiguous_format
+        return x_T.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
 
     def _randn(self) -> Tensor:
         assert self.generator is not None
@@ -273,6 +287,8 @@ class _Run:
             x = torch.cat([x, x])
         with self._autocast():
             output = self.model(x, t, **self.model_kwargs)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the model must return a tensor; got {type(output).__name__}")
         if self.guidance_scale is not None:
             output = _guided(output, self.guidance_scale, self.shape[1])
         if self.table.reads_variance and output.shape[1] != 2 * self.shape[1]:
@@ -280,12 +296,16 @@ class _Run:
                 f"a {self.diffusion.variance_type} variance needs a model with "
                 f"{2 * self.shape[1]} output channels; got {output.shape[1]}"
             )
-        return output
+        if output.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr():
+            output = output.clone()  # a part of its input, which the step is to overwrite
+        return output if is_walkable(output) else output.contiguous()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
+        if self.precision is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        if self.precision == "fp32":
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
 
 
 def _guided(output: Tensor, scale: float, channels: int) -> Tensor:
@@ -325,15 +345,30 @@ def _checked_labels(labels: int | Sequence[int] | Tensor, batch: int, model: Mod
     return labels.contiguous()
 
 
+# The models that are sampled from now: by how many runs, and the modes of their parts before.
+_sampled: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
+_sampled = WeakKeyDictionary()
+_sampled_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode for all of the model, each part put back as it was found."""
-    parts = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
+    """Eval mode for all of the model; the last of the runs that share it puts each part back."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with _sampled_lock:
+        runs, modes = _sampled.get(model, (0, [(part, part.training) for part in model.modules()]))
+        _sampled[model] = runs + 1, modes
+        for part, _ in modes:
             part.training = False
+    try:
         yield
     finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+        with _sampled_lock:
+            runs, modes = _sampled.pop(model)
+            if runs > 1:
+                _sampled[model] = runs - 1, modes
+            else:
+                for part, mode in modes:
+                    part.training = mode

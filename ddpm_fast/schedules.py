@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -52,11 +53,11 @@ def named_betas(
 
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:
-    return torch.linspace(start, end, steps, dtype=torch.float64)
+    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
 
 
 def _squaredcos(num_timesteps: int, offset: float = 0.008, cap: float = 0.999) -> Tensor:
-    grid = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    grid = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     alphas_cumprod = torch.cos((grid + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=cap)
 
@@ -77,9 +78,11 @@ def respace(
     Raises:
         ValueError: ``num_steps`` outside [1, T], an unknown spacing, a list that is empty, not
             strictly decreasing, outside [0, T - 1], or whose length contradicts ``num_steps``.
+        TypeError: a timestep that is not an integer.
     """
     if not isinstance(spacing, str):
-        return _checked_list(num_timesteps, num_steps, list(spacing))
+        timesteps = [operator.index(t) for t in spacing]
+        return _checked_list(num_timesteps, num_steps, timesteps)
     steps = num_timesteps if num_steps is None else num_steps
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"num_steps must lie in [1, {num_timesteps}]; got {steps}")

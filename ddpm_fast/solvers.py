@@ -6,7 +6,7 @@ Every sampler here is linear around one clamp, so a sampler is a function that f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,20 @@ class StepTable:
         return len(self.timesteps)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The rows as a kernel reads them, contiguous."""
-        return self.rows.to(device=device, dtype=dtype).contiguous()
+        """The rows as a kernel reads them, rounded once.
+
+        Raises:
+            ValueError: a row is not finite in that dtype: hardly any signal is left, or the betas
+                are degenerate.
+        """
+        rounded = self.rows.to(dtype)
+        broken = (~rounded.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"the schedule gives a step at timestep {self.timesteps[broken[0]]} that is not "
+                f"finite in {str(dtype).removeprefix('torch.')}"
+            )
+        return rounded.to(device)
 
 
 def ddpm(
@@ -149,7 +161,7 @@ class _Chain:
         from_xt, from_out = self.diffusion.xstart_coefs()
         columns["x0_from_xt"] = from_xt[self.timesteps]
         columns["x0_from_out"] = from_out[self.timesteps]
-        columns["timestep"] = torch.tensor(self.timesteps, dtype=torch.float64)
+        columns["timestep"] = torch.tensor(self.timesteps, dtype=torch.float64, device="cpu")
         return columns
 
     def table(self, columns: dict[str, Tensor], *, reads_variance: bool) -> StepTable:
@@ -161,7 +173,7 @@ class _Chain:
         )
 
 
-SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim}
+SAMPLERS = ("ddpm", "ddim")
 
 
 def step_table(
@@ -184,4 +196,4 @@ def step_table(
         return ddim(diffusion, num_steps, eta=eta, timestep_spacing=timestep_spacing)
     if eta != 0:
         raise ValueError(f"eta belongs to ddim; got {eta} for {sampler}")
-    return SAMPLERS[sampler](diffusion, num_steps, timestep_spacing=timestep_spacing)
+    return ddpm(diffusion, num_steps, timestep_spacing=timestep_spacing)

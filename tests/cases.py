@@ -12,6 +12,7 @@ from ddpm_fast import GaussianDiffusion
 from ddpm_fast.ops import ROW, compute_dtype
 
 LAYOUTS = ("contiguous", "channels_last", "slice_of_batch", "slice_of_channels")
+INPUT_LAYOUTS = (*LAYOUTS, "expanded")
 
 
 def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,6 +34,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         padded = x.new_full((x.shape[0], x.shape[1] + 2, *x.shape[2:]), torch.nan)
         padded[:, 1:-1] = x
         return padded[:, 1:-1]
+    if layout == "expanded":  # each channel's first pixel, standing for all of them
+        return x[(slice(None), slice(None), *[slice(0, 1)] * (x.dim() - 2))].expand(x.shape)
     return x.contiguous()
 
 

@@ -107,6 +107,49 @@ def test_l_simple_refuses_a_learned_variance() -> None:
         diffusion.training_losses(lambda x, t: x, randn((1, 1, 1), 0), torch.tensor([0]))
 
 
+def test_l_simple_refuses_a_wrong_shape() -> None:
+    """Broadcasting it would train on a plausible number."""
+    sentence = r"the model's output must have the shape of x_start; got \[2, 1, 4\] and \[2, 3, 4\]"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        GaussianDiffusion().training_losses(
+            lambda x, t: x[:, :1], randn((2, 3, 4), 0), torch.tensor([0, 1])
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
+    diffusion, t = GaussianDiffusion(), torch.tensor([999])
+    x_t, eps = (randn((1, 3, 4), k).to(dtype) for k in (0, 1))
+    predicted = diffusion.predict_xstart(x_t, t, eps)
+    exact = diffusion.predict_xstart(x_t.double(), t, eps.double())
+    assert predicted.dtype == dtype
+    torch.testing.assert_close(predicted.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_timesteps_out_of_range_are_refused() -> None:
+    diffusion, x = GaussianDiffusion(), randn((1, 2, 3), 0)
+    for t in (-1, 1000):
+        with pytest.raises(IndexError):
+            diffusion.predict_xstart(x, torch.tensor([t]), x)
+        with pytest.raises(IndexError, match=rf"^q_sample: t must lie in \[0, 999\]; got {t}$"):
+            diffusion.q_sample(x, torch.tensor([t]))
+
+
+def test_a_table_made_in_inference_mode_serves_training(backend: str) -> None:
+    diffusion, t = GaussianDiffusion(), torch.tensor([5])
+    with torch.inference_mode():
+        diffusion.q_sample(randn((1, 2), 0), t, seed=0, backend=backend)
+    x_start = randn((1, 2), 0).requires_grad_()
+    diffusion.q_sample(x_start, t, seed=0, backend=backend)[0].sum().backward()
+    assert x_start.grad is not None
+
+
+def test_noise_and_a_seed_exclude_each_other() -> None:
+    x, t = randn((1, 2), 0), torch.tensor([5])
+    with pytest.raises(ValueError, match=r"^q_sample: give noise or a seed, not both$"):
+        GaussianDiffusion().q_sample(x, t, x, seed=3)
+
+
 def test_seed_comes_from_torch_where_none_is_given() -> None:
     diffusion = GaussianDiffusion()
     x, t = randn((2, 1, 4), 0), torch.tensor([5, 6])
@@ -147,6 +190,11 @@ def test_bad_betas(betas: list[float], sentence: str) -> None:
     with pytest.raises(ValueError) as error:
         GaussianDiffusion(torch.tensor(betas))
     assert str(error.value) == sentence
+
+
+def test_clip_denoised_is_a_truth_value() -> None:
+    with pytest.raises(ValueError, match=r"^clip_denoised must be True or False; got 'no'$"):
+        GaussianDiffusion.from_config({"clip_denoised": "no"})
 
 
 @pytest.mark.parametrize("option", ["prediction_type", "variance_type"])

@@ -20,9 +20,22 @@ def step_arguments() -> Arguments:
     return dict(zip(names, case.args, strict=True)) | case.kwargs
 
 
+def drawn_step_arguments() -> Arguments:
+    case = reverse_step_case((2, 3, 4, 4), noise="drawn", x0_prev=True)
+    names = ("x_t", "model_output", "rows", "step")
+    written = {"out": torch.zeros(2, 3, 4, 4), "pred_xstart": torch.zeros(2, 3, 4, 4)}
+    return dict(zip(names, case.args, strict=True)) | case.kwargs | written
+
+
 def noising_arguments() -> Arguments:
     x = torch.zeros(2, 3, 4, 4)
     return {"x_start": x, "t": torch.tensor([0, 1]), "rows": torch.zeros(5, 2), "noise": x + 1}
+
+
+def drawn_noising_arguments() -> Arguments:
+    given = noising_arguments()
+    del given["noise"]
+    return given | {"seed": torch.tensor(0), "sample_index": torch.arange(2)}
 
 
 def normal_arguments() -> Arguments:
@@ -191,6 +204,36 @@ CASES = [
     ),
     step(lambda a: {"out": a["noise"]}, ValueError, "out must not overlap the memory of noise"),
     step(
+        lambda a: {"out": torch.zeros(64).as_strided((2, 3, 4, 4), (16, 16, 4, 1))},
+        ValueError,
+        "out must not share memory among its elements; got strides [16, 16, 4, 1]",
+    ),
+    step(
+        lambda a: {"pred_xstart": WIDE[:, :, ::2, ::2]},
+        ValueError,
+        "pred_xstart must be contiguous or channels_last within each sample; "
+        "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
+    ),
+    step(
+        lambda a: {"out": FLAT, "pred_xstart": SHIFTED},
+        ValueError,
+        "pred_xstart must not overlap the memory of out",
+    ),
+    step(
+        lambda a: {"x0_prev": FLAT, "pred_xstart": SHIFTED},
+        ValueError,
+        "pred_xstart must not overlap the memory of x0_prev",
+    ),
+    step(
+        lambda a: {
+            "model_output": FLAT.view(torch.bfloat16)[..., :4].clone(),
+            "x0_prev": FLAT,
+            "out": FLAT,
+        },
+        ValueError,
+        "out must not overlap the memory of x0_prev",
+    ),
+    step(
         lambda a: {"pred_xstart": a["x_t"]},
         ValueError,
         "pred_xstart must not overlap the memory of x_t",
@@ -227,6 +270,17 @@ CASES = [
         lambda a: {"noise": None, "seed": torch.tensor(0)},
         ValueError,
         "seed and sample_index must be given together",
+    ),
+    noising(
+        lambda a: {"seed": torch.tensor(0), "t": a["t"].int()},
+        ValueError,
+        "seed and sample_index must be given together",
+    ),
+    noising(
+        lambda a: {"noise": WIDE[:, :, ::2, ::2]},
+        ValueError,
+        "noise must be contiguous or channels_last within each sample; "
+        "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
     ),
     normal(lambda a: {"shape": ()}, ValueError, "shape must have at least one dimension; got []"),
     normal(
@@ -273,11 +327,49 @@ def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> 
     arguments = step_arguments()
     arguments["model_output"].requires_grad_()
     arguments[name] = torch.zeros(2, 3, 4, 4)
-    sentence = "reverse_step: out and pred_xstart carry no gradient, but an input requires one"
+    sentence = "reverse_step: out and pred_xstart carry no gradient, but a tensor requires one"
     with pytest.raises(RuntimeError, match=f"^{sentence}$"):
         ops.reverse_step(**arguments, backend=backend)
     with torch.no_grad():
         ops.reverse_step(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["out", "pred_xstart"])
+def test_negated_views_are_not_written(name: str, backend: str) -> None:
+    view = torch.zeros(2, 3, 4, 4, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError) as error:
+        ops.reverse_step(**step_arguments() | {name: view}, backend=backend)
+    assert str(error.value) == f"reverse_step: {name} must not be a lazily negated view"
+
+
+ELSEWHERE = [
+    (op, arguments, name)
+    for op, arguments in (
+        (ops.reverse_step, step_arguments),
+        (ops.reverse_step, drawn_step_arguments),
+        (ops.q_sample, noising_arguments),
+        (ops.q_sample, drawn_noising_arguments),
+        (ops.philox_normal, normal_arguments),
+        (ops.philox, word_arguments),
+    )
+    for name in list(arguments())[1:]
+    if torch.is_tensor(arguments()[name]) and (op, name) != (ops.philox_normal, "seed")
+]
+
+
+@pytest.mark.parametrize(("op", "arguments", "name"), ELSEWHERE)
+def test_tensors_elsewhere_are_refused(
+    op: Callable[..., Any], arguments: Callable[[], Arguments], name: str, backend: str
+) -> None:
+    """No kernel computes with the memory of another device, and no stand-in answers for one."""
+    given = arguments()
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError) as error:
+        op(**given, backend=backend)
+    like = "the result" if op is ops.philox_normal else next(iter(given))
+    assert str(error.value) == (
+        f"{op.__name__}: {name} must be on the device of {like}; got meta and cpu"
+    )
 
 
 @pytest.mark.cuda

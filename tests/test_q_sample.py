@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import LAYOUTS, laid_out, randn
+from cases import INPUT_LAYOUTS, LAYOUTS, laid_out, randn
 from conftest import needs_native
 from ddpm_fast import GaussianDiffusion, ops
 from ddpm_fast.ops import compute_dtype
@@ -49,7 +49,7 @@ def q_sample_case(
     shapes,
     st.integers(0, 2**31),
     st.sampled_from(DTYPES),
-    st.sampled_from(LAYOUTS),
+    st.sampled_from(INPUT_LAYOUTS),
     st.booleans(),
     st.booleans(),
 )
@@ -149,3 +149,4 @@ def test_opcheck_of_the_noise(device: torch.device, native: str) -> None:
     )
     words = torch.arange(8, device=device).reshape(2, 4)
     torch.library.opcheck(op.philox.default, (words, words[:, :2]))
+    torch.library.opcheck(op.philox.default, (words.reshape(4, 2).t(), words[:, :2]))

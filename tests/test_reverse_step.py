@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import LAYOUTS, ReverseStepCase, laid_out, randn, reverse_step_case
+from cases import INPUT_LAYOUTS, LAYOUTS, ReverseStepCase, laid_out, randn, reverse_step_case
 from conftest import needs_native
 from ddpm_fast import ops
 from ddpm_fast.ops import ROW
@@ -30,7 +30,7 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> ReverseStepCase:
         seed=draw(st.integers(0, 2**31)),
         dtype=dtype,
         output_dtype=output_dtype,
-        layout=draw(st.sampled_from(LAYOUTS)),
+        layout=draw(st.sampled_from(INPUT_LAYOUTS)),
         learned=draw(st.booleans()),
         noise=draw(st.sampled_from(["given", "drawn", "none"])),
         x0_prev=draw(st.booleans()),
@@ -213,6 +213,29 @@ def test_a_network_may_return_its_input(device: torch.device, backend: str) -> N
     assert torch.equal(x_t, expected)
 
 
+def test_a_variance_that_is_not_used_is_not_read(device: torch.device, backend: str) -> None:
+    """In the last step sigma is 0, and the learned variance may be anything."""
+    case = reverse_step_case(learned=True, seed=2, device=device)
+    expected = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
+    case.args[1][:, 3:] = torch.tensor([torch.nan, torch.inf, 1e30], device=device)[:, None, None]
+    assert torch.equal(ops.reverse_step(*case.args, **case.kwargs, backend=backend), expected)
+
+
+def test_autograd_notices_what_was_written(device: torch.device, backend: str) -> None:
+    """Overwriting what a graph has saved is an error at backward, never a wrong gradient."""
+    case = reverse_step_case(device=device)
+    weight = torch.ones_like(case.x_t, requires_grad=True)
+    pred_xstart = torch.ones_like(case.x_t)
+    for written in (case.x_t, pred_xstart):
+        loss = (weight * written).sum()
+        with torch.no_grad():
+            ops.reverse_step(
+                *case.args, **case.kwargs, out=case.x_t, pred_xstart=pred_xstart, backend=backend
+            )
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_clamp_passes_nan_on(device: torch.device, backend: str) -> None:
     case = reverse_step_case(device=device)
     case.args[1][0, 0, 0, 0] = torch.nan
@@ -262,11 +285,11 @@ def test_more_than_2_to_31_bytes(device: torch.device, native: str) -> None:
     )
     assert torch.equal(x.flatten()[:64], drawn[0])
     # The last elements hold the normals of their own place in the sample.
-    from ddpm_fast.reference import _box_muller, _philox
-
-    call = (x.numel() - 2) // 4
-    words = _philox([torch.tensor(w) for w in (call, 5, 0, 1)], [torch.tensor(3), torch.tensor(0)])
-    tail = torch.stack([*_box_muller(words[0], words[1])]).to(dtype)
+    counter = torch.tensor([[x.numel() // 4 - 1, 5, 0, 1]])
+    w = ops.philox(counter, torch.tensor([[3, 0]]), backend="reference")[0].double()
+    radius = (-2 * ((w[2] / 2).floor() * 2.0**-31 + 2.0**-32).log()).sqrt()
+    angle = (w[3] / 64).floor() * 2.0**-26 * 2 * torch.pi
+    tail = torch.stack([radius * angle.cos(), radius * angle.sin()]).to(dtype)
     torch.testing.assert_close(x.flatten()[-2:].cpu(), tail, rtol=1e-3, atol=0)
 
 
@@ -292,15 +315,18 @@ def test_gradients(learned: bool, noise: str, device: torch.device, backend: str
 
 
 def test_gradients_stop_at_the_clamp(device: torch.device, backend: str) -> None:
-    case = reverse_step_case(clip=0.1, noise="none", device=device)
-    for tensor in case.args[:2]:
-        tensor.requires_grad_()
-    grads = []
-    for which in (backend, "reference"):
-        x_prev = ops.reverse_step(*case.args, **case.kwargs, backend=which)
-        grads.append(torch.autograd.grad(x_prev.square().sum(), case.args[:2]))
-    for ours, spec in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, spec)
+    case = reverse_step_case(clip=0.5, noise="none", device=device)
+    x_t, output, rows, _ = case.args
+    row = dict(zip(ROW, rows[0], strict=True))
+    x_prev = ops.reverse_step(
+        x_t.requires_grad_(), output.requires_grad_(), *case.args[2:], clip=0.5, backend=backend
+    )
+    grads = torch.autograd.grad(x_prev.sum(), (x_t, output))
+    inside = (row["x0_from_xt"] * x_t + row["x0_from_out"] * output).abs() <= 0.5
+    assert 0 < int(inside.sum()) < inside.numel()
+    for grad, part in zip(grads, ("xt", "out"), strict=True):
+        through_xstart = row["mean_from_x0"] * row[f"x0_from_{part}"]
+        torch.testing.assert_close(grad, through_xstart * inside + row[f"mean_from_{part}"])
 
 
 OPCHECK_CASES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +128,47 @@ def test_modes_are_put_back_after_an_interruption(error: type[BaseException]) ->
     assert not model.training
     steps.close()
     assert model.training
+
+
+def test_runs_that_share_a_model_do_not_disturb_each_other() -> None:
+    """Interleaved, and of different lengths: eval mode until the last ends, then as before."""
+    model = ConstantModel()
+    model.train()
+    short, long = (
+        sample_progressive(model, SHAPE, diffusion=DIFFUSION, num_steps=n, seed=0) for n in (2, 6)
+    )
+    for run in (short, long, short, short, long, long, long, long, long, long):
+        next(run, None)
+    assert len(model.calls) == 8 and not any(call["training"] for call in model.calls)
+    assert model.training and model.dropout.training
+
+
+@pytest.mark.parametrize("change", ["crop", "transpose", "expand", "input"])
+def test_outputs_of_any_layout(change: str, backend: str) -> None:
+    """A network may crop what it padded, transpose, expand, or return what it was given."""
+    changes: dict[str, Any] = {
+        "crop": lambda x, t: nn.functional.pad(x, (1, 2, 3, 4))[:, :, 3:-4, 1:-2],
+        "transpose": lambda x, t: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expand": lambda x, t: x[:, :, :1, :1].expand_as(x),
+        "input": lambda x, t: x,
+    }
+    expected = draw(lambda x, t: changes[change](x, t).clone(), backend=backend)
+    assert torch.equal(draw(changes[change], backend=backend), expected)
+
+
+@pytest.mark.parametrize(("output", "kind"), [((1,), "tuple"), (None, "NoneType")])
+def test_an_output_that_is_no_tensor_is_named(output: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"^the model must return a tensor; got {kind}$"):
+        draw(lambda x, t: output)
+
+
+def test_integers_of_any_make() -> None:
+    expected = draw(seed=5, first_index=2)
+    for make in (np.int32, np.uint64, torch.tensor):
+        x = draw(shape=torch.Size(SHAPE), seed=make(5), first_index=make(2))
+        assert torch.equal(x, expected)
+    with pytest.raises(TypeError):
+        draw(seed=1.0)
 
 
 def test_samples_are_ordinary_tensors(backend: str) -> None:
@@ -272,6 +314,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
         "class_labels must lie in [0, 9], or be the null label 10",
     ),
     ({"guidance_scale": 2.0}, "guidance_scale needs class_labels to guide towards"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be finite; got nan"),
+    (
+        {"class_labels": 1, "model_kwargs": {"class_labels": 2}},
+        "give class_labels by itself or in model_kwargs, not both",
+    ),
 ]
 
 

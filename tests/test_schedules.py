@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -106,6 +107,13 @@ def test_any_number_of_steps(num_timesteps: int, data: st.DataObject, spacing: s
 def test_a_list_is_taken_as_it_is() -> None:
     assert respace(1000, None, [999, 500, 3]) == [999, 500, 3]
     assert respace(1000, 3, (999, 500, 3)) == [999, 500, 3]
+
+
+def test_timesteps_are_integers() -> None:
+    assert respace(10, None, np.array([9, 5], dtype=np.uint8)) == [9, 5]
+    assert respace(10, None, torch.tensor([9, 5])) == [9, 5]
+    with pytest.raises(TypeError):
+        respace(10, None, [9.0, 5.5])
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import randn
-from ddpm_fast import GaussianDiffusion, ops
+from ddpm_fast import GaussianDiffusion, ops, sample
 from ddpm_fast.diffusion import PREDICTION_TYPES
 from ddpm_fast.ops import ROW
-from ddpm_fast.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS
+from ddpm_fast.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, named_betas
 from ddpm_fast.solvers import StepTable, ddim, ddpm, step_table
 
 SHAPE = (2, 3, 5)
@@ -151,6 +151,34 @@ def test_learned_variance(variance_type: str, steps: int) -> None:
         if variance_type == "learned":
             log_variance = v
         torch.testing.assert_close(added, (log_variance / 2).exp() * noise, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("betas", "prediction_type", "timestep"),
+    [
+        ([0.1, 1.0], "epsilon", 1),
+        ([0.1, 1.0, 0.1], "v_prediction", 2),
+        ([1e-20, 0.1], "epsilon", 0),
+        (named_betas("linear", 20_000).tolist(), "epsilon", 19_999),
+    ],
+    ids=["no signal left", "nothing after it", "too small", "T = 20000"],
+)
+def test_a_table_that_is_not_finite_is_refused(
+    betas: list[float], prediction_type: str, timestep: int
+) -> None:
+    """An error that names the timestep, where pictures of NaN would come out."""
+    diffusion = GaussianDiffusion(
+        torch.tensor(betas, dtype=torch.float64), prediction_type=prediction_type
+    )
+    sentence = f"the schedule gives a step at timestep {timestep} that is not finite in float32"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        sample(lambda x, t: x, (1, 1, 2), diffusion=diffusion)
+
+
+def test_tables_ignore_the_default_device() -> None:
+    with torch.device("meta"):
+        table = ddim(GaussianDiffusion(), 5)
+    assert table.rows.device.type == "cpu"
 
 
 @pytest.mark.parametrize(

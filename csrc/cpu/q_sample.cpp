@@ -22,9 +22,9 @@ struct QSampleBlock {
       for (int i = 0; i < block.size; ++i) {
         noise_buffer[i] = static_cast<T>(static_cast<State>(noise_buffer[i]));
       }
-      store(k.noise, block, pixels, noise_buffer);
+      store(k.drawn_noise, block, pixels, noise_buffer);
     } else {
-      noise = load(k.noise, block, pixels, noise_buffer);
+      noise = load(k.given_noise, block, pixels, noise_buffer);
     }
     T* x_t = target(k.x_t, block, pixels, result_buffer);
     for (int i = 0; i < block.size; ++i) x_t[i] = signal * x_start[i] + scale * noise[i];

@@ -21,9 +21,9 @@ struct QSampleItem {
       // x_t must hold the noise that is returned, so what rounds the one rounds the other.
 #pragma unroll
       for (int i = 0; i < kVec; ++i) noise[i] = static_cast<T>(static_cast<State>(noise[i]));
-      store<kVectorised>(k.noise, item, pixels, noise);
+      store<kVectorised>(k.drawn_noise, item, pixels, noise);
     } else {
-      load<kVectorised>(k.noise, item, pixels, noise);
+      load<kVectorised>(k.given_noise, item, pixels, noise);
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[i] = signal * x[i] + scale * noise[i];
@@ -35,8 +35,9 @@ struct Backend {
   template <class K>
   static void run(const K& k) {
     constexpr int kVec = vector_length<typename K::State>();
-    const bool vectorised = vectorises<kVec>(k.x_start, k.shape) &&
-                            vectorises<kVec>(k.noise, k.shape) && vectorises<kVec>(k.x_t, k.shape);
+    const bool vectorised =
+        vectorises<kVec>(k.x_start, k.shape) && vectorises<kVec>(k.given_noise, k.shape) &&
+        vectorises<kVec>(k.drawn_noise, k.shape) && vectorises<kVec>(k.x_t, k.shape);
     for_each_item<QSampleItem, kVec>(k, vectorised);
   }
 };
