@@ -32,7 +32,9 @@ inline std::ostream& operator<<(std::ostream& out, const Argument& a) {
   return out << a.op << ": " << a.name;
 }
 
-inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+inline std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
 
 inline at::ScalarType compute_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -60,8 +62,8 @@ inline void check_device(const Argument& a, const Argument& like) {
 }
 
 inline void check_batch(const Argument& a) {
-  TORCH_CHECK_VALUE(a.tensor.dim() >= 2, a,
-                    " must have at least two dimensions, [N, C, ...]; got ", a.tensor.sizes());
+  TORCH_CHECK_VALUE(a.tensor.dim() >= 2, a, " must have at least two dimensions, [N, C, ...]; got ",
+                    a.tensor.sizes());
 }
 
 inline void check_same_shape(const Argument& a, const Argument& like) {
@@ -113,8 +115,8 @@ inline void check_range(const Argument& index, const Argument& rows) {
   const Tensor flat = index.tensor.contiguous();
   const int64_t* values = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
-    TORCH_CHECK_INDEX(0 <= values[i] && values[i] < rows.tensor.size(0), index,
-                      " must lie in [0, ", rows.tensor.size(0) - 1, "]; got ", values[i]);
+    TORCH_CHECK_INDEX(0 <= values[i] && values[i] < rows.tensor.size(0), index, " must lie in [0, ",
+                      rows.tensor.size(0) - 1, "]; got ", values[i]);
   }
 }
 

@@ -44,10 +44,9 @@ DDPM_HOST_DEVICE Words philox4x32_10(Words counter, uint32_t key0, uint32_t key1
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.x;
     const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.z;
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0,
-               static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1,
-               static_cast<uint32_t>(product0)};
+    counter = {
+        static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0, static_cast<uint32_t>(product1),
+        static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1, static_cast<uint32_t>(product0)};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

@@ -29,10 +29,10 @@ struct PhiloxKernel {
   // Words travel in int64 tensors, for want of arithmetic on uint32 ones.
   DDPM_HOST_DEVICE void run(int64_t call) const {
     const int64_t* c = counter + 4 * call;
-    const Words words =
-        philox4x32_10({static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]),
-                       static_cast<uint32_t>(c[2]), static_cast<uint32_t>(c[3])},
-                      static_cast<uint32_t>(key[2 * call]), static_cast<uint32_t>(key[2 * call + 1]));
+    const Words words = philox4x32_10({static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]),
+                                       static_cast<uint32_t>(c[2]), static_cast<uint32_t>(c[3])},
+                                      static_cast<uint32_t>(key[2 * call]),
+                                      static_cast<uint32_t>(key[2 * call + 1]));
     int64_t* w = out + 4 * call;
     w[0] = words.x;
     w[1] = words.y;
@@ -51,8 +51,8 @@ struct PhiloxForms {
     const Tensor out = at::empty(size, seed.options().dtype(dtype));
     const Argument like{op, "the result", out};
     check_floating(like);
-    TORCH_CHECK_VALUE(0 <= stream && stream < 1 << 16, op,
-                      ": stream must lie in [0, 65535]; got ", stream);
+    TORCH_CHECK_VALUE(0 <= stream && stream < 1 << 16, op, ": stream must lie in [0, 65535]; got ",
+                      stream);
     check_noise_source(like, {}, seed, sample_index);
     check_index({op, "timestep", timestep}, like, true);
     if (out.numel() == 0) return out;

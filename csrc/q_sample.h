@@ -59,9 +59,7 @@ struct QSampleKernel {
         source{Index(a.seed), Index(a.sample_index)} {}
 
   DDPM_HOST_DEVICE T signal(int64_t sample) const { return rows[t[sample] * kForwardRowLength]; }
-  DDPM_HOST_DEVICE T scale(int64_t sample) const {
-    return rows[t[sample] * kForwardRowLength + 1];
-  }
+  DDPM_HOST_DEVICE T scale(int64_t sample) const { return rows[t[sample] * kForwardRowLength + 1]; }
 };
 
 // The forms of the op around a backend's run(const QSampleKernel<State>&).
@@ -70,9 +68,8 @@ struct QSampleForms {
   static void launch(const QSample& a) {
     if (a.x_start.numel() == 0) return;
     const c10::DeviceGuard guard(a.x_start.device());
-    dispatch(a.x_start.scalar_type(), [&](auto state) {
-      Backend::run(QSampleKernel<typename decltype(state)::type>(a));
-    });
+    dispatch(a.x_start.scalar_type(),
+             [&](auto state) { Backend::run(QSampleKernel<typename decltype(state)::type>(a)); });
   }
 
   static Tensor given(const Tensor& x_start, const Tensor& t, const Tensor& rows,

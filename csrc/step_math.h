@@ -79,8 +79,7 @@ DDPM_HOST_DEVICE float exponential(float x) {
 template <class T>
 DDPM_HOST_DEVICE T learned_stddev(const StepRow<T>& row, T v) {
   const T fraction = (v + T(1)) * T(0.5);
-  const T log_variance =
-      fraction * row.max_log_variance + (T(1) - fraction) * row.min_log_variance;
+  const T log_variance = fraction * row.max_log_variance + (T(1) - fraction) * row.min_log_variance;
   return row.sigma * exponential(T(0.5) * log_variance);
 }
 

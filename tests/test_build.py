@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from ddpm_fast import _extension
 from ddpm_fast._extension import explain_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,8 +297,7 @@ def import_extension(package: Path, **environ: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    source = ROOT / "ddpm_fast" / "_extension.py"
-    (tmp_path / "_extension.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copy(_extension.__file__, tmp_path)
     return tmp_path
 
 

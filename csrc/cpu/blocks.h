@@ -50,8 +50,7 @@ DDPM_INLINE void for_each_run(const View<T>& view, const Block& block, int64_t f
   if (view.dense) return f(view.at(block.sample, first, pixels), int64_t{1}, 0, block.size);
   for (int done = 0; done < block.size;) {
     const int64_t e = first + done;
-    const int count =
-        static_cast<int>(std::min<int64_t>(block.size - done, pixels - e % pixels));
+    const int count = static_cast<int>(std::min<int64_t>(block.size - done, pixels - e % pixels));
     f(view.at(block.sample, e, pixels), view.pixel_stride, done, count);
     done += count;
   }

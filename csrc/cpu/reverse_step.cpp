@@ -45,8 +45,7 @@ struct ReverseStepBlock {
       for (int i = 0; i < block.size; ++i) mean[i] += row.sigma * noise[i];
       return;
     }
-    const T* v =
-        load(k.model_output, block, k.shape.pixels, variance_buffer, k.shape.elements());
+    const T* v = load(k.model_output, block, k.shape.pixels, variance_buffer, k.shape.elements());
     for (int i = 0; i < block.size; ++i) mean[i] += learned_stddev(row, v[i]) * noise[i];
   }
 };

@@ -13,8 +13,7 @@
 #define DDPM_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #else
 #define DDPM_TARGET_AVX512 \
-  __attribute__((          \
-      target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #endif
 #else
 #define DDPM_TARGET_AVX2

@@ -3,9 +3,9 @@
 // tensor's layout does not allow whole vectors, the same item is read element by element.
 #pragma once
 
-#include <ATen/cuda/detail/IntegerDivider.cuh>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+#include <ATen/cuda/detail/IntegerDivider.cuh>
 
 #include <algorithm>
 
@@ -113,8 +113,7 @@ inline int64_t resident_blocks() {
   int device = 0, processors = 0, threads = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
   return int64_t{processors} * (threads / kThreads);
 }
 
@@ -127,8 +126,8 @@ void for_each_item(const Kernel& kernel, bool vectorised) {
                     " elements; got ", kernel.shape.elements());
   const int64_t samples_at_once = kMaxItems / per_sample;
   const int64_t most_blocks = 4 * resident_blocks();
-  const auto run = vectorised ? item_kernel<Body, true, kVec, Kernel>
-                              : item_kernel<Body, false, kVec, Kernel>;
+  const auto run =
+      vectorised ? item_kernel<Body, true, kVec, Kernel> : item_kernel<Body, false, kVec, Kernel>;
   for (int64_t first = 0; first < kernel.shape.samples; first += samples_at_once) {
     const int64_t samples = std::min(samples_at_once, kernel.shape.samples - first);
     const int64_t items = samples * per_sample;
