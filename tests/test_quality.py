@@ -1,0 +1,58 @@
+"""The measures of sample quality, against closed forms and against real digits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import quality
+
+pytest.importorskip("sklearn")
+
+
+def test_frechet_distance_of_diagonal_gaussians() -> None:
+    mean1, mean2 = np.array([0.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0])
+    std1, std2 = np.array([1.0, 2.0, 0.0]), np.array([3.0, 2.0, 0.5])
+    wanted = ((mean1 - mean2) ** 2).sum() + ((std1 - std2) ** 2).sum()
+    found = quality.gaussian_frechet_distance(mean1, np.diag(std1**2), mean2, np.diag(std2**2))
+    assert found == pytest.approx(wanted)
+
+
+def test_frechet_distance_ignores_rotation_and_adds_translation() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(500, 4)), rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4))
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    distance = quality.frechet_distance(first, second)
+    assert quality.frechet_distance(first @ rotation, second @ rotation) == pytest.approx(distance)
+    assert quality.frechet_distance(second, first) == pytest.approx(distance)
+    assert quality.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+    assert quality.frechet_distance(first, first + 2) == pytest.approx(16)
+
+
+def test_nearest_distances() -> None:
+    queries, references = np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0.0, 1.0], [3.0, 3.5]])
+    np.testing.assert_allclose(quality.nearest_distances(queries, references), [1.0, 0.5])
+
+
+def real(part: str) -> tuple[quality.Array, quality.Array]:
+    dataset = quality.digits(part)
+    assert dataset.labels is not None
+    return quality._pixels(dataset), dataset.labels.numpy()
+
+
+def test_the_training_set_itself_is_no_news() -> None:
+    labelled, other, frechet, fit, neighbour = quality.measure(*real("train"))
+    assert labelled.met and labelled.value == pytest.approx(1, abs=0.01)
+    assert other.value == other.real < labelled.value
+    assert frechet.met and frechet.value == pytest.approx(1, rel=1e-3)
+    assert fit.value < 1
+    assert not neighbour.met and neighbour.value == pytest.approx(0, abs=1e-6)
+
+
+def test_blurred_and_mislabelled_samples_miss_the_bounds() -> None:
+    pixels, labels = real("train")
+    blurred = 0.5 * pixels + 0.5 * pixels.mean(axis=0)
+    labelled, _, frechet, fit, _ = quality.measure(blurred, (labels + (labels < 5)) % 10)
+    assert not labelled.met and not frechet.met
+    assert fit.value > 2
+    assert "MISSED" in quality.table([labelled])
