@@ -192,13 +192,16 @@ print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bit_for_bit(native: str) -> None:
+def test_instruction_sets_agree_bit_for_bit(native: str, tmp_path: Path) -> None:
     """Plain, AVX2 and AVX-512 builds of the same source give the same bytes."""
     seen = {}
     for capability in ("default", "avx2", "avx512"):
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
         command = [sys.executable, "-c", DIGEST, os.path.dirname(__file__)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        # From elsewhere, so that a checkout does not hide the package installed.
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         used, digest = run.stdout.split()
         seen[used] = digest
     assert len(seen) > 1 or seen.keys() == {"DEFAULT"}
