@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality [--checkpoint digits] [--sampler ddpm] [--steps N] [--num 1000]
 
-The model has seen the half "train" of scikit-learn's digits and never the half "held_out", which is
-by other writers.
+The model has seen the half "train" of scikit-learn's digits and never the half "held_out", which
+looks as if by other writers.
 
 - *Labelled as asked*: the share of class-conditional samples that a classifier (support vectors,
   RBF kernel) takes for the class asked for. It is trained on "train", so that it knows the hands
@@ -13,8 +13,8 @@ by other writers.
   are strange to it, so it has no bound, and is to be read against its column "real".
 - *Fréchet distance* between the Gaussians fitted to the 64 pixels (Heusel et al. 2017, arXiv
   1706.08500, with pixels as features): samples to "held_out" over "train" to "held_out", sets of
-  equal size, since the distance shrinks as sets grow. At 1 the samples are as near to the digits of
-  unseen writers as real digits are. Writers differ so much that this forgives a poor fit to
+  equal size, since the distance shrinks as sets grow. At 1 the samples are as near to the digits
+  held out as real digits are. The halves differ so much that this forgives a poor fit to
   "train"; so the line below it, without a bound, is samples to "train" over one random half of
   "train" to the other, where 1 is a perfect fit. All are means over 20 random draws.
 - *Nearest neighbour*: the median distance from samples to their nearest neighbours in "train" over

@@ -260,7 +260,7 @@ def _device(name: str | None) -> torch.device:
 
 # Each option of training.TrainConfig: its flag, its meaning, and the recipes' values.
 TRAIN_OPTIONS = {
-    "num_steps": ("--steps", "optimizer steps in the whole run", 4_000, 800_000),
+    "num_steps": ("--steps", "optimizer steps in the whole run", 2_500, 800_000),
     "batch_size": ("--batch-size", "pictures per step", 128, 128),
     "learning_rate": ("--lr", "Adam's learning rate", 1e-3, 2e-4),
     "warmup_steps": ("--warmup-steps", "steps in which it rises from zero", 200, 5_000),

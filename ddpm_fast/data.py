@@ -73,8 +73,8 @@ def digits(part: Literal["train", "held_out", "all"] = "all") -> TensorDataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey pictures in 10 classes, scaled to [-1, 1].
 
     ``"train"`` is the first half (898 pictures) and ``"held_out"`` the second (899), in the order
-    of the data set. A writer's pictures stand together there, so that, but for one writer at the
-    seam, the two halves are by different people.
+    of the data set. The data do not say who wrote what, but the halves differ far more than random
+    halves do, as if each were by other writers.
 
     Raises:
         ValueError: for another part.

@@ -96,7 +96,7 @@ def digits_recipe(**options: Any) -> Recipe:
             model's own.
     """
     settings: dict[str, Any] = {
-        "num_steps": 4_000,
+        "num_steps": 2_500,
         "learning_rate": 1e-3,
         "warmup_steps": 200,
         "ema_decay": 0.999,
