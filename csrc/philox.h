@@ -18,6 +18,11 @@ namespace ddpm_fast {
 constexpr int kNoiseLayoutVersion = 1;
 constexpr int kNormalsPerCall = 4;
 
+// Random123's factors and the steps of its keys.
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
 struct Words {
   uint32_t x, y, z, w;
 };
@@ -25,6 +30,19 @@ struct Words {
 struct Normals {
   float x, y, z, w;
 };
+
+DDPM_HOST_DEVICE Words philox4x32_10(Words counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxFactor0) * counter.x;
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxFactor1) * counter.z;
+    counter = {
+        static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0, static_cast<uint32_t>(product1),
+        static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1, static_cast<uint32_t>(product0)};
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+  }
+  return counter;
+}
 
 // All of a counter but the element.
 struct NoiseKey {
@@ -38,20 +56,11 @@ struct NoiseKey {
         stream_and_sample_high((static_cast<uint32_t>(stream) & 0xffffu) |
                                static_cast<uint32_t>(static_cast<uint64_t>(sample_index) >> 32)
                                    << 16) {}
-};
 
-DDPM_HOST_DEVICE Words philox4x32_10(Words counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.x;
-    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.z;
-    counter = {
-        static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0, static_cast<uint32_t>(product1),
-        static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1, static_cast<uint32_t>(product0)};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+  DDPM_HOST_DEVICE Words words(uint32_t call) const {
+    return philox4x32_10({call, sample_low, timestep, stream_and_sample_high}, seed_low, seed_high);
   }
-  return counter;
-}
+};
 
 // sqrt(-2 ln u) for u = (floor(word / 2) + 1/2) 2^-31, rounded to float: the largest is 6.66.
 DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
@@ -81,9 +90,9 @@ DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
 
 // cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.
 DDPM_HOST_DEVICE void box_muller_direction(uint32_t word, float& cosine, float& sine) {
-  const int32_t angle = static_cast<int32_t>(word) >> 6;
-  const int32_t quadrant = (angle + (1 << 23)) >> 24;
-  const float y = static_cast<float>(angle - quadrant * (1 << 24)) * 0x1p-24f;
+  // a = 2^24 (quadrant + y), with y in [-1/2, 1/2): the quadrant's two bits come to lie uppermost.
+  const uint32_t quadrant = word + (1u << 29);
+  const float y = static_cast<float>(static_cast<int32_t>(word << 2 & ~0xffu)) * 0x1p-32f;
   const float y2 = y * y;
   // sin(pi/2 y) and cos(pi/2 y) on [-1/2, 1/2], by minimax; pi/2 in two parts
   float s = -0x1.2ddcecp-8f;
@@ -96,17 +105,14 @@ DDPM_HOST_DEVICE void box_muller_direction(uint32_t word, float& cosine, float& 
   c = fma(c, y2, 0x1.03c1aep-2f);
   c = fma(c, y2, -0x1.3bd3ccp+0f);
   c = fma(c, y2, 1.0f);
-  const bool swap = quadrant & 1;
-  const float cosine_size = swap ? s : c;
-  const float sine_size = swap ? c : s;
-  cosine = ((quadrant + 1) & 2) ? -cosine_size : cosine_size;
-  sine = (quadrant & 2) ? -sine_size : sine_size;
+  const bool odd = static_cast<int32_t>(quadrant << 1) < 0;
+  const uint32_t sign = 1u << 31;
+  cosine = float_from_bits(float_bits(odd ? s : c) ^ ((quadrant + (1u << 30)) & sign));
+  sine = float_from_bits(float_bits(odd ? c : s) ^ (quadrant & sign));
 }
 
 DDPM_HOST_DEVICE Normals normals(const NoiseKey& key, uint32_t call) {
-  const Words words =
-      philox4x32_10({call, key.sample_low, key.timestep, key.stream_and_sample_high}, key.seed_low,
-                    key.seed_high);
+  const Words words = key.words(call);
   const float radius0 = box_muller_radius(words.x);
   const float radius1 = box_muller_radius(words.z);
   float cosine0, sine0, cosine1, sine1;

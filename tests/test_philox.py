@@ -195,7 +195,10 @@ print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 def test_instruction_sets_agree_bit_for_bit(native: str, tmp_path: Path) -> None:
     """Plain, AVX2 and AVX-512 builds of the same source give the same bytes."""
     seen = {}
-    for capability in ("default", "avx2", "avx512"):
+    capabilities = ["default", "avx2", "avx512"]
+    # torch takes the machine at its word, and dies of an instruction that it lacks.
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    for capability in capabilities[: capabilities.index(best) + 1]:
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
         command = [sys.executable, "-c", DIGEST, os.path.dirname(__file__)]
         # From elsewhere, so that a checkout does not hide the package installed.

@@ -10,13 +10,13 @@
 #include <type_traits>
 
 #include "../layout.h"
-#include "../philox.h"
+#include "normals.h"
 #include "simd.h"
 
 namespace ddpm_fast::cpu {
 
 constexpr int kBlock = 1024;
-static_assert(kBlock % kNormalsPerCall == 0, "a block starts with a new call");
+static_assert(kBlock == kNormalsPerCall * kMostCalls, "a block's normals are drawn at once");
 
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kGrain = 16384;
@@ -32,7 +32,7 @@ void for_each_block(const Kernel& kernel) {
   const int64_t elements = kernel.shape.elements();
   const int64_t per_sample = (elements + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min<int64_t>(elements, kBlock));
-  const auto run = best_version<Body, Kernel, Block>();
+  const auto run = best_version<Body, const Kernel&, const Block&>();
   at::parallel_for(0, kernel.shape.samples * per_sample, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % per_sample * kBlock;
@@ -106,18 +106,15 @@ DDPM_INLINE void store(const View<Target>& view, const Block& block, int64_t pix
 }
 
 // The block's normals; the buffer has room for the whole of the last call.
-template <class T>
-DDPM_INLINE void draw_normals(const NoiseKey& key, const Block& block, T* buffer) {
-  const uint32_t first_call = static_cast<uint32_t>(block.first / kNormalsPerCall);
+inline void draw_normals(const NoiseKey& key, const Block& block, float* buffer) {
   const int calls = (block.size + kNormalsPerCall - 1) / kNormalsPerCall;
-  DDPM_INDEPENDENT
-  for (int i = 0; i < calls; ++i) {
-    const Normals z = normals(key, first_call + i);
-    buffer[4 * i] = z.x;
-    buffer[4 * i + 1] = z.y;
-    buffer[4 * i + 2] = z.z;
-    buffer[4 * i + 3] = z.w;
-  }
+  draw_normals(key, static_cast<uint32_t>(block.first / kNormalsPerCall), calls, buffer);
+}
+
+DDPM_INLINE void draw_normals(const NoiseKey& key, const Block& block, double* buffer) {
+  float normals[kBlock];
+  draw_normals(key, block, normals);
+  for (int i = 0; i < block.size; ++i) buffer[i] = normals[i];
 }
 
 }  // namespace ddpm_fast::cpu

@@ -7,6 +7,10 @@
 
 #include <string>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DDPM_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #if defined(__clang__)
@@ -38,30 +42,63 @@
 #define DDPM_INDEPENDENT
 #endif
 
+#if defined(__GNUC__)
+#define DDPM_UNROLLED _Pragma("GCC unroll 16")
+#else
+#define DDPM_UNROLLED
+#endif
+
 namespace ddpm_fast::cpu {
+
+#if defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define DDPM_LANES
+
+template <int kBytes>
+using Lanes __attribute__((vector_size(kBytes))) = uint64_t;
+
+// The products of the lanes' lower halves.
+template <class Lane>
+DDPM_INLINE void multiply_low_halves(Lane& product, const Lane& a, const Lane& b) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Lane) == sizeof(__m128i)) {
+    product = (Lane)_mm_mul_epu32((__m128i)a, (__m128i)b);
+  } else {
+    // An intrinsic cannot be inlined here, where the wider instruction set is yet to be chosen.
+    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "vm"(b));
+  }
+#else
+  product = (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+#endif
 
 // Body::run(args...) must be DDPM_INLINE all the way down, to be compiled for each target.
 template <class Body, class... Args>
-DDPM_TARGET_AVX512 void run_avx512(const Args&... args) {
+DDPM_TARGET_AVX512 void run_avx512(Args... args) {
   Body::run(args...);
 }
 
 template <class Body, class... Args>
-DDPM_TARGET_AVX2 void run_avx2(const Args&... args) {
+DDPM_TARGET_AVX2 void run_avx2(Args... args) {
   Body::run(args...);
 }
 
 template <class Body, class... Args>
-void run_plain(const Args&... args) {
+void run_plain(Args... args) {
   Body::run(args...);
 }
 
-template <class Body, class... Args>
-void (*best_version())(const Args&...) {
+template <class ForAvx512, class ForAvx2, class ForAny, class... Args>
+auto best_of() -> void (*)(Args...) {
   static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return run_avx512<Body, Args...>;
-  if (capability == "AVX2") return run_avx2<Body, Args...>;
-  return run_plain<Body, Args...>;
+  if (capability == "AVX512") return run_avx512<ForAvx512, Args...>;
+  if (capability == "AVX2") return run_avx2<ForAvx2, Args...>;
+  return run_plain<ForAny, Args...>;
+}
+
+template <class Body, class... Args>
+auto best_version() -> void (*)(Args...) {
+  return best_of<Body, Body, Body, Args...>();
 }
 
 }  // namespace ddpm_fast::cpu
