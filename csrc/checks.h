@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "layout.h"
+#include "noise_source.h"
 
 namespace ddpm_fast {
 
@@ -56,6 +57,13 @@ inline void check_dtype(const Argument& a, at::ScalarType wanted) {
                    dtype_name(a.tensor.scalar_type()));
 }
 
+inline void check_both_double(const Argument& a, const Argument& like) {
+  const bool is_double = a.tensor.scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE(is_double == (like.tensor.scalar_type() == at::kDouble), a, " and ", like.name,
+                   " must both be float64, or neither; got ", dtype_name(a.tensor.scalar_type()),
+                   " and ", dtype_name(like.tensor.scalar_type()));
+}
+
 inline void check_device(const Argument& a, const Argument& like) {
   TORCH_CHECK_VALUE(a.tensor.device() == like.tensor.device(), a, " must be on the device of ",
                     like.name, "; got ", a.tensor.device(), " and ", like.tensor.device());
@@ -69,6 +77,24 @@ inline void check_batch(const Argument& a) {
 inline void check_same_shape(const Argument& a, const Argument& like) {
   TORCH_CHECK_VALUE(a.tensor.sizes() == like.tensor.sizes(), a, " must have the shape of ",
                     like.name, "; got ", a.tensor.sizes(), " and ", like.tensor.sizes());
+}
+
+inline bool has_shape(const Tensor& t, const Tensor& like, int64_t times_samples,
+                      int64_t times_channels) {
+  bool same = t.dim() == like.dim() && t.size(0) == times_samples * like.size(0) &&
+              t.size(1) == times_channels * like.size(1);
+  for (int64_t d = 2; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
+  return same;
+}
+
+// A network's output: for each sample, or with guidance twice for each; the second half of doubled
+// channels is a variance.
+inline void check_output_shape(const Argument& a, const Argument& like, bool guided) {
+  const int64_t times = guided ? 2 : 1;
+  TORCH_CHECK_VALUE(
+      has_shape(a.tensor, like.tensor, times, 1) || has_shape(a.tensor, like.tensor, times, 2), a,
+      " must have ", guided ? "twice the samples of x_t" : "the shape of x_t",
+      ", or twice its channels; got ", a.tensor.sizes(), " and ", like.tensor.sizes());
 }
 
 // The stride from one pixel to the next, or nothing where the pixels are not evenly spaced.
@@ -106,6 +132,19 @@ inline void check_rows(const Argument& a, const Argument& like, int64_t columns)
   TORCH_CHECK_VALUE(a.tensor.dim() == 2 && a.tensor.size(1) == columns && a.tensor.is_contiguous(),
                     a, " must be contiguous with shape [number of rows, ", columns, "]; got ",
                     a.tensor.sizes(), " with strides ", a.tensor.strides());
+}
+
+// One number for each row of the table and each sample, or one for all of either.
+inline void check_scale(const Argument& a, const Argument& like, const Argument& rows) {
+  check_dtype(a, compute_dtype(like.tensor.scalar_type()));
+  check_device(a, like);
+  const auto fits = [&](int64_t d, int64_t size) {
+    return a.tensor.size(d) == 1 || a.tensor.size(d) == size;
+  };
+  TORCH_CHECK_VALUE(
+      a.tensor.dim() == 2 && fits(0, rows.tensor.size(0)) && fits(1, like.tensor.size(0)), a,
+      " must have shape [1 or ", rows.tensor.size(0), ", 1 or ", like.tensor.size(0), "]; got ",
+      a.tensor.sizes());
 }
 
 // Only indices that lie on the host can be read without making it wait for a device, whose kernel
@@ -177,11 +216,46 @@ inline bool elements_are_apart(const Tensor& t) {
   return true;
 }
 
+inline void check_apart(const Argument& a) {
+  TORCH_CHECK_VALUE(a.tensor.numel() == 0 || elements_are_apart(a.tensor), a,
+                    " must not share memory among its elements; got strides ", a.tensor.strides());
+}
+
 // A tensor to write into: each element at an address of its own.
 inline void check_output(const Argument& a, const Argument& like) {
   check_like(a, like);
-  TORCH_CHECK_VALUE(a.tensor.numel() == 0 || elements_are_apart(a.tensor), a,
-                    " must not share memory among its elements; got strides ", a.tensor.strides());
+  check_apart(a);
+}
+
+// What the network reads next, in any type, and with guidance twice.
+inline void check_next_input(const Argument& a, const Argument& like) {
+  check_floating(a);
+  check_both_double(a, like);
+  check_device(a, like);
+  TORCH_CHECK_VALUE(
+      has_shape(a.tensor, like.tensor, 1, 1) || has_shape(a.tensor, like.tensor, 2, 1), a,
+      " must have the shape of ", like.name, ", or twice its samples; got ", a.tensor.sizes(),
+      " and ", like.tensor.sizes());
+  check_layout(a);
+  check_apart(a);
+}
+
+inline void check_next_step(const Argument& a, const Argument& step) {
+  check_dtype(a, at::kLong);
+  check_device(a, step);
+  check_same_shape(a, step);
+  check_apart(a);
+}
+
+inline void check_next_t(const Argument& a, const Argument& like) {
+  check_dtype(a, at::kLong);
+  check_device(a, like);
+  const int64_t samples = like.tensor.size(0);
+  const bool fits =
+      a.tensor.dim() == 1 && (a.tensor.size(0) == samples || a.tensor.size(0) == 2 * samples);
+  TORCH_CHECK_VALUE(fits, a, " must have shape [", samples, "] or [", 2 * samples, "]; got ",
+                    a.tensor.sizes());
+  check_apart(a);
 }
 
 // Lets autograd notice that a tensor which it has saved is no longer what it was.
@@ -212,5 +286,31 @@ template <class T>
 View<T> view_of(const OptionalTensor& t, const Shape& shape) {
   return t ? view_of<T>(*t, shape) : View<T>{};
 }
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return Dtype::kFloat32;
+  }
+}
+
+inline AnyView any_view_of(const OptionalTensor& t, const Shape& shape) {
+  if (!t) return {};
+  const auto view = view_of<char>(*t, shape);
+  return {view.data,         view.sample_stride, view.channel_stride,
+          view.pixel_stride, view.dense,         dtype_of(*t)};
+}
+
+inline Index index_of(const Tensor& t) {
+  return {t.const_data_ptr<int64_t>(), t.dim() == 0 ? 0 : t.stride(0)};
+}
+
+inline Index index_of(const OptionalTensor& t) { return t ? index_of(*t) : Index{}; }
 
 }  // namespace ddpm_fast

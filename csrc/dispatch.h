@@ -2,24 +2,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+
+#include "dtypes.h"
 
 namespace ddpm_fast {
 
 template <class T>
 struct Type {
   using type = T;
-};
-
-// Arithmetic is done in double for double, and in float for all else.
-template <class T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
 };
 
 // Calls f with the type of a float32, bfloat16 or float16 tensor.

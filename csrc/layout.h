@@ -2,6 +2,7 @@
 // slice of such along the batch or the channels.
 #pragma once
 
+#include "dtypes.h"
 #include "portable.h"
 
 namespace ddpm_fast {
@@ -26,6 +27,21 @@ struct View {
     T* const base = data + sample * sample_stride;
     if (dense) return base + e;
     return base + (e / pixels) * channel_stride + (e % pixels) * pixel_stride;
+  }
+};
+
+// A view whose type is known only when the kernel runs.
+struct AnyView {
+  void* data = nullptr;
+  int64_t sample_stride = 0, channel_stride = 0, pixel_stride = 0;
+  bool dense = true;
+  Dtype dtype = Dtype::kFloat32;
+
+  DDPM_HOST_DEVICE bool present() const { return data != nullptr; }
+
+  template <class T>
+  DDPM_HOST_DEVICE View<T> as() const {
+    return {static_cast<T*>(data), sample_stride, channel_stride, pixel_stride, dense};
   }
 };
 

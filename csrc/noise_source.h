@@ -1,8 +1,7 @@
-// Where a kernel finds the key of a sample's noise: tensors in its own device's memory, so that a
+// Where a kernel finds the key of a sample's noise: numbers in its own device's memory, so that a
 // captured graph can be replayed with another seed, step or range of samples.
 #pragma once
 
-#include "checks.h"
 #include "philox.h"
 
 namespace ddpm_fast {
@@ -10,23 +9,19 @@ namespace ddpm_fast {
 // What a run of numbers is for; ddpm_fast.reference.STREAMS names the same.
 enum Stream : int64_t { kInitial = 0, kReverse = 1, kForward = 2 };
 
-// An int64 tensor with one entry for the batch (stride 0) or one for each sample.
+// One number for the batch (stride 0), or one for each sample.
 struct Index {
   const int64_t* data = nullptr;
   int64_t stride = 0;
 
-  Index() = default;
-  explicit Index(const Tensor& t)
-      : data(t.const_data_ptr<int64_t>()), stride(t.dim() == 0 ? 0 : t.stride(0)) {}
-  explicit Index(const OptionalTensor& t) : Index(t ? Index(*t) : Index()) {}
-
+  DDPM_HOST_DEVICE bool present() const { return data != nullptr; }
   DDPM_HOST_DEVICE int64_t operator[](int64_t sample) const { return data[sample * stride]; }
 };
 
 struct NoiseSource {
   Index seed, sample_index;
 
-  DDPM_HOST_DEVICE bool present() const { return seed.data != nullptr; }
+  DDPM_HOST_DEVICE bool present() const { return seed.present(); }
   DDPM_HOST_DEVICE NoiseKey key(int64_t sample, int64_t timestep, int64_t stream) const {
     return NoiseKey(seed[sample], sample_index[sample], timestep, stream);
   }

@@ -17,15 +17,18 @@
 TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "reverse_step(Tensor x_t, Tensor model_output, Tensor rows, Tensor step, Tensor? noise, "
-      "Tensor? seed, Tensor? sample_index, Tensor? x0_prev, float? clip) -> Tensor");
+      "Tensor? seed, Tensor? sample_index, Tensor? x0_prev, Tensor? guidance_scale, float? clip) "
+      "-> Tensor");
   m.def(
       "reverse_step_(Tensor(a!) x_t, Tensor model_output, Tensor rows, Tensor step, "
-      "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, float? clip, "
-      "Tensor(b!)? pred_xstart) -> ()");
+      "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, "
+      "Tensor? guidance_scale, float? clip, Tensor(b!)? pred_xstart, Tensor(c!)? next_input, "
+      "Tensor(d!)? next_step, Tensor(e!)? next_t) -> ()");
   m.def(
       "reverse_step.out(Tensor x_t, Tensor model_output, Tensor rows, Tensor step, "
-      "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, float? clip, "
-      "Tensor(a!) out, Tensor(b!)? pred_xstart) -> ()");
+      "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, "
+      "Tensor? guidance_scale, float? clip, Tensor(a!) out, Tensor(b!)? pred_xstart, "
+      "Tensor(c!)? next_input, Tensor(d!)? next_step, Tensor(e!)? next_t) -> ()");
   m.def("q_sample(Tensor x_start, Tensor t, Tensor rows, Tensor noise) -> Tensor");
   m.def(
       "q_sample.drawn(Tensor x_start, Tensor t, Tensor rows, Tensor seed, Tensor sample_index) "

@@ -39,6 +39,12 @@ DDPM_HOST_DEVICE T clamp(T x, T bound) {
   return below > bound ? bound : below;
 }
 
+// Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), with w = 1 + their w.
+template <class T>
+DDPM_HOST_DEVICE T guide(T w, T cond, T uncond) {
+  return uncond + term(w, cond - uncond);
+}
+
 template <class T>
 DDPM_HOST_DEVICE T predict_xstart(const StepRow<T>& row, T x_t, T out, T clip) {
   return clamp(term(row.x0_from_xt, x_t) + term(row.x0_from_out, out), clip);

@@ -53,6 +53,15 @@ def check_dtype(a: Argument, wanted: torch.dtype) -> None:
         raise TypeError(f"{a} must be {dtype_name(wanted)}; got {dtype_name(a.tensor.dtype)}")
 
 
+def check_both_double(a: Argument, like: Argument) -> None:
+    """float64 goes with float64 alone."""
+    if (a.tensor.dtype == torch.float64) != (like.tensor.dtype == torch.float64):
+        raise TypeError(
+            f"{a} and {like.name} must both be float64, or neither; "
+            f"got {dtype_name(a.tensor.dtype)} and {dtype_name(like.tensor.dtype)}"
+        )
+
+
 def check_device(a: Argument, like: Argument) -> None:
     """The same device."""
     if a.tensor.device != like.tensor.device:
@@ -76,6 +85,24 @@ def check_same_shape(a: Argument, like: Argument) -> None:
         raise ValueError(
             f"{a} must have the shape of {like.name}; "
             f"got {_shape(a.tensor)} and {_shape(like.tensor)}"
+        )
+
+
+def _has_shape(tensor: Tensor, like: Tensor, times_samples: int, times_channels: int) -> bool:
+    samples, channels, *pixels = like.shape
+    return list(tensor.shape) == [times_samples * samples, times_channels * channels, *pixels]
+
+
+def check_output_shape(a: Argument, like: Argument, *, guided: bool) -> None:
+    """A network's output: for each sample, or with guidance twice for each.
+
+    The second half of doubled channels is a variance.
+    """
+    times = 2 if guided else 1
+    if not any(_has_shape(a.tensor, like.tensor, times, channels) for channels in (1, 2)):
+        raise ValueError(
+            f"{a} must have {'twice the samples of x_t' if guided else 'the shape of x_t'}, or "
+            f"twice its channels; got {_shape(a.tensor)} and {_shape(like.tensor)}"
         )
 
 
@@ -122,6 +149,16 @@ def check_rows(a: Argument, like: Argument, columns: int) -> None:
             f"{a} must be contiguous with shape [number of rows, {columns}]; "
             f"got {_shape(table)} with strides {list(table.stride())}"
         )
+
+
+def check_scale(a: Argument, like: Argument, rows: Argument) -> None:
+    """One number for each row of the table and each sample, or one for all of either."""
+    check_dtype(a, compute_dtype(like.tensor.dtype))
+    check_device(a, like)
+    sizes = len(rows.tensor), len(like.tensor)
+    shape = _shape(a.tensor)
+    if len(shape) != 2 or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
+        raise ValueError(f"{a} must have shape [1 or {sizes[0]}, 1 or {sizes[1]}]; got {shape}")
 
 
 def check_range(index: Argument, rows: Argument) -> None:
@@ -193,10 +230,56 @@ def _elements_are_apart(tensor: Tensor) -> bool:
     return True
 
 
-def check_output(a: Argument, like: Argument) -> None:
-    """A tensor to write into: each element at an address of its own."""
-    check_like(a, like)
+def _check_apart(a: Argument) -> None:
     if a.tensor.numel() != 0 and not _elements_are_apart(a.tensor):
         raise ValueError(
             f"{a} must not share memory among its elements; got strides {list(a.tensor.stride())}"
+        )
+
+
+def check_output(a: Argument, like: Argument) -> None:
+    """A tensor to write into: each element at an address of its own."""
+    check_like(a, like)
+    _check_apart(a)
+
+
+def check_next_input(a: Argument, like: Argument) -> None:
+    """What the network reads next, in any type, and with guidance twice."""
+    check_floating(a)
+    check_both_double(a, like)
+    check_device(a, like)
+    if not any(_has_shape(a.tensor, like.tensor, samples, 1) for samples in (1, 2)):
+        raise ValueError(
+            f"{a} must have the shape of {like.name}, or twice its samples; "
+            f"got {_shape(a.tensor)} and {_shape(like.tensor)}"
+        )
+    check_layout(a)
+    _check_apart(a)
+
+
+def check_next_step(a: Argument, step: Argument) -> None:
+    """Like the step index."""
+    check_dtype(a, torch.int64)
+    check_device(a, step)
+    check_same_shape(a, step)
+    _check_apart(a)
+
+
+def check_next_t(a: Argument, like: Argument) -> None:
+    """A timestep for each sample that the network is asked for."""
+    check_dtype(a, torch.int64)
+    check_device(a, like)
+    samples = len(like.tensor)
+    if _shape(a.tensor) not in ([samples], [2 * samples]):
+        raise ValueError(
+            f"{a} must have shape [{samples}] or [{2 * samples}]; got {_shape(a.tensor)}"
+        )
+    _check_apart(a)
+
+
+def check_carry_no_gradient(op: str, *tensors: Tensor | None) -> None:
+    """What is written into has no gradient to carry."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{op}: what is written into carries no gradient, but a tensor requires one"
         )

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from . import _extension, reference
 from .checks import Argument, check_device, check_one_source, compute_dtype
-from .reference import ROW, STREAMS, learned_stddev, per_sample, term
+from .reference import (
+    ROW,
+    STREAMS,
+    guided,
+    learned_stddev,
+    per_sample,
+    scale_per_sample,
+    term,
+)
 
 __all__ = [
     "BACKENDS",
@@ -45,6 +53,8 @@ def serves_natively(device: torch.device, backend: str = "auto") -> bool:
         ValueError: an unknown backend.
         RuntimeError: ``native`` was asked for, and there is no kernel for the device.
     """
+    if backend == "auto" and device.type in _extension.native_devices:
+        return True
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "reference":
@@ -87,9 +97,13 @@ def reverse_step(
     seed: Tensor | None = None,
     sample_index: Tensor | None = None,
     x0_prev: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
     clip: float | None = 1.0,
     out: Tensor | None = None,
     pred_xstart: Tensor | None = None,
+    next_input: Tensor | None = None,
+    next_step: Tensor | None = None,
+    next_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One reverse step, x_{t-1} from x_t, in one pass over memory.
@@ -100,13 +114,16 @@ def reverse_step(
         x_prev = mean_from_x0 xstart + mean_from_xt x_t + mean_from_out model_output
                + mean_from_x0_prev x0_prev + sigma noise
 
-    A coefficient of zero reads nothing. Where ``model_output`` has twice the channels, its second
+    With a ``guidance_scale`` w, ``uncond + w (cond - uncond)`` takes the place of the output,
+    whose first N samples are the conditional ones (Ho & Salimans 2022). A coefficient of zero
+    reads nothing. Where ``model_output`` has twice the channels, its second
     half v turns sigma into sigma exp(logvar / 2), with logvar running from ``min_log_variance``
     at v = -1 to ``max_log_variance`` at v = 1 (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
         x_t: ``[N, C, ...]``, contiguous or channels_last.
-        model_output: ``[N, C or 2C, ...]``; float64 where x_t is, else of any narrower type.
+        model_output: ``[N, C or 2C, ...]``, with guidance ``[2N, C or 2C, ...]``; float64 where x_t
+            is, else of any narrower type.
         rows: ``[S, len(ROW)]`` in the compute dtype, from :class:`ddpm_fast.solvers.StepTable`.
         step: int64 ``[]`` or ``[N]``, the row to use, in [0, S - 1].
         noise: like x_t; instead of it,
@@ -114,9 +131,15 @@ def reverse_step(
             function of (seed, sample_index, the row's timestep, element). Without either there
             is no noise.
         x0_prev: the previous step's ``pred_xstart``, like x_t.
+        guidance_scale: ``[S or 1, N or 1]`` in the compute dtype: w for each row and sample.
         clip: clamp xstart to [-clip, clip]; None does not.
         out: where to write x_prev, like x_t; x_t itself works in place.
         pred_xstart: where to write xstart, like x_t; may be ``x0_prev`` itself.
+        next_input: where to write x_prev for the network to read next: ``[N or 2N, C, ...]`` of
+            any type (float64 where x_t is), twice for the two halves that guidance asks for.
+        next_step: where to write the step that follows, ``(step + 1) % S``; like ``step``, but
+            not ``step`` itself.
+        next_t: where to write that step's timestep; int64 ``[N or 2N]``.
         backend: see the module.
 
     Returns:
@@ -128,10 +151,11 @@ def reverse_step(
         TypeError: a dtype that does not fit.
         IndexError: a step outside the table. On CUDA, where reading it would make the host wait,
             a device-side assertion, as in PyTorch's own indexing.
-        RuntimeError: gradients are asked for through ``out`` or ``pred_xstart``.
+        RuntimeError: gradients are asked for through what is written into.
     """
-    if out is not None or pred_xstart is not None:
-        _check_written("reverse_step", out, pred_xstart, x_t, model_output, noise, x0_prev)
+    for name, x in (("out", out), ("pred_xstart", pred_xstart), ("next_input", next_input)):
+        if x is not None and x.is_neg():
+            raise ValueError(f"reverse_step: {name} must not be a lazily negated view")
     if not serves_natively(x_t.device, backend):
         return reference.reverse_step(
             x_t,
@@ -142,19 +166,24 @@ def reverse_step(
             seed=seed,
             sample_index=sample_index,
             x0_prev=x0_prev,
+            guidance_scale=guidance_scale,
             clip=clip,
             out=out,
             pred_xstart=pred_xstart,
+            next_input=next_input,
+            next_step=next_step,
+            next_t=next_t,
         )
-    inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, clip
-    if out is None and pred_xstart is None:
-        x_prev: Tensor = _native.reverse_step(x_t, *inputs)
+    inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip
+    if out is pred_xstart is next_input is next_step is next_t is None:
+        x_prev: Tensor = _native.reverse_step.default(x_t, *inputs)
         return x_prev
+    written = pred_xstart, next_input, next_step, next_t
     if out is x_t:
-        _native.reverse_step_(x_t, *inputs, pred_xstart)
+        _native.reverse_step_.default(x_t, *inputs, *written)
         return x_t
     out = torch.empty_like(x_t) if out is None else out
-    _native.reverse_step.out(x_t, *inputs, out, pred_xstart)
+    _native.reverse_step.out(x_t, *inputs, out, *written)
     return out
 
 
@@ -254,17 +283,6 @@ def philox(counter: Tensor, key: Tensor, *, backend: str = "auto") -> Tensor:
     return words
 
 
-def _check_written(op: str, *tensors: Tensor | None) -> None:
-    out, pred_xstart, *_ = tensors
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise RuntimeError(
-            f"{op}: out and pred_xstart carry no gradient, but a tensor requires one"
-        )
-    for name, x in (("out", out), ("pred_xstart", pred_xstart)):
-        if x is not None and x.is_neg():
-            raise ValueError(f"{op}: {name} must not be a lazily negated view")
-
-
 # What torch.compile, the dispatcher and autograd need to know of the native ops.
 
 
@@ -295,13 +313,15 @@ def _empty_words(counter: Tensor, key: Tensor) -> Tensor:
     return torch.empty_like(counter, memory_format=torch.contiguous_format)
 
 
-_STEP = ("x_t", "model_output", "rows", "step", "noise", "seed", "sample_index", "x0_prev", "clip")
+_DRAWN = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
+_STEP = ("x_t", "model_output", "rows", "step", *_DRAWN)
+_NEXT = ("pred_xstart", "next_input", "next_step", "next_t")
 
 # Each native op: the names of its arguments, and the shape of what it returns.
 _OPS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "reverse_step": (_STEP, _like_first),
-    "reverse_step_": ((*_STEP, "pred_xstart"), _nothing),
-    "reverse_step.out": ((*_STEP, "out", "pred_xstart"), _nothing),
+    "reverse_step_": ((*_STEP, *_NEXT), _nothing),
+    "reverse_step.out": ((*_STEP, "out", *_NEXT), _nothing),
     "q_sample": (("x_start", "t", "rows", "noise"), _like_first),
     "q_sample.drawn": (("x_start", "t", "rows", "seed", "sample_index"), _two_like_first),
     "philox_normal": (("shape", "the result", "sample_index", "timestep"), _empty_normals),
@@ -338,21 +358,25 @@ def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _reverse_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x_t, model_output, rows, step, noise, seed, sample_index, x0_prev = ctx.saved_tensors
+    x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, scale = ctx.saved_tensors
     row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
     channels = x_t.shape[1]
-    x, output, g = (a.to(rows.dtype) for a in (x_t, model_output[:, :channels], grad))
+    x, g = x_t.to(rows.dtype), grad.to(rows.dtype)
 
     grad_xstart = row["mean_from_x0"] * g
     if ctx.clip is not None:
+        output = guided(model_output, scale, step, channels, rows.dtype)
         xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
         grad_xstart = torch.where(xstart.abs() <= ctx.clip, grad_xstart, 0.0)
     grad_x = row["x0_from_xt"] * grad_xstart + row["mean_from_xt"] * g
     grad_output = row["x0_from_out"] * grad_xstart + row["mean_from_out"] * g
+    if scale is not None:
+        w = scale_per_sample(scale, step, x)
+        grad_output = torch.cat([w * grad_output, (1 - w) * grad_output])
 
     stddev = row["sigma"]
-    if model_output.shape != x_t.shape:
-        stddev = learned_stddev(row, model_output[:, channels:].to(rows.dtype))
+    if model_output.shape[1] != channels:
+        stddev = learned_stddev(row, model_output[: len(x_t), channels:].to(rows.dtype))
         if seed is not None:
             timestep = row["timestep"].long().reshape(step.shape)
             noise = _native.philox_normal(
@@ -360,14 +384,16 @@ def _reverse_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             )
         drawn = torch.zeros_like(g) if noise is None else noise.to(rows.dtype)
         slope = (row["max_log_variance"] - row["min_log_variance"]) / 4
-        grad_output = torch.cat([grad_output, g * drawn * stddev * slope], dim=1)
+        grad_v = torch.zeros_like(grad_output)  # the unconditional variance is not read
+        grad_v[: len(x_t)] = g * drawn * stddev * slope
+        grad_output = torch.cat([grad_output, grad_v], dim=1)
 
     grad_noise = None if ctx.saved_tensors[4] is None else (g * stddev).to(x_t.dtype)
     grad_x0_prev = None
     if x0_prev is not None:
         grad_x0_prev = (row["mean_from_x0_prev"] * g).to(x_t.dtype)
     grads = grad_x.to(x_t.dtype), grad_output.to(model_output.dtype)
-    return *grads, None, None, grad_noise, None, None, grad_x0_prev, None
+    return *grads, None, None, grad_noise, None, None, grad_x0_prev, None, None
 
 
 def _save_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -46,18 +46,25 @@ def reverse_step(
     seed: Tensor | None = None,
     sample_index: Tensor | None = None,
     x0_prev: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
     clip: float | None = 1.0,
     out: Tensor | None = None,
     pred_xstart: Tensor | None = None,
+    next_input: Tensor | None = None,
+    next_step: Tensor | None = None,
+    next_t: Tensor | None = None,
 ) -> Tensor:
     """One reverse step; see :func:`ddpm_fast.ops.reverse_step`."""
+    inputs = {"noise": noise, "x0_prev": x0_prev}
+    written = {"out": out, "pred_xstart": pred_xstart, "next_input": next_input}
     _check_reverse_step(
-        x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, clip, out, pred_xstart
+        x_t, model_output, rows, step, seed, sample_index, guidance_scale, clip, inputs, written
     )
+    _check_next(x_t, step, seed, sample_index, next_step, next_t)
     row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
     channels = x_t.shape[1]
     x = x_t.to(rows.dtype)
-    output = model_output[:, :channels].to(rows.dtype)
+    output = guided(model_output, guidance_scale, step, channels, rows.dtype)
 
     xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
     if clip is not None:
@@ -74,20 +81,61 @@ def reverse_step(
         noise = _normals(x_t.shape, seed, sample_index, row["timestep"].long(), STREAMS["reverse"])
     if noise is not None:
         stddev = row["sigma"]
-        if model_output.shape != x_t.shape:
-            stddev = learned_stddev(row, model_output[:, channels:].to(rows.dtype))
+        if model_output.shape[1] != channels:
+            v = model_output[: len(x_t), channels:].to(rows.dtype)
+            stddev = learned_stddev(row, v)
         mean = mean + term(stddev, noise.to(rows.dtype))
 
     if pred_xstart is not None:
         pred_xstart.copy_(xstart)
-    if out is not None:
-        return out.copy_(mean)
-    return torch.empty_like(x_t).copy_(mean)
+    x_prev = (torch.empty_like(x_t) if out is None else out).copy_(mean)
+    if x_prev.numel() > 0:
+        if next_input is not None:
+            next_input.view(-1, *x_t.shape).copy_(x_prev)
+        _advance(rows, step, next_step, next_t, len(x_t))
+    return x_prev
 
 
 def term(coefficient: Tensor, value: Tensor) -> Tensor:
     """``coefficient * value``, except that a coefficient of zero reads nothing."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def guided(
+    model_output: Tensor,
+    scale: Tensor | None,
+    step: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The prediction without its variance: with a scale, uncond + w (cond - uncond).
+
+    Ho & Salimans 2022 (arXiv 2207.12598); w is 1 + theirs.
+    """
+    prediction = model_output[:, :channels].to(dtype)
+    if scale is None:
+        return prediction
+    cond, uncond = prediction.chunk(2)
+    return uncond + term(scale_per_sample(scale, step, cond), cond - uncond)
+
+
+def scale_per_sample(scale: Tensor, step: Tensor, like: Tensor) -> Tensor:
+    """w of each sample at its step, to broadcast against a batch."""
+    samples = torch.arange(len(like), device=step.device)
+    row = step.expand(len(like)) if len(scale) > 1 else torch.zeros_like(samples)
+    column = samples if scale.shape[1] > 1 else torch.zeros_like(samples)
+    return scale[row, column].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _advance(
+    rows: Tensor, step: Tensor, next_step: Tensor | None, next_t: Tensor | None, samples: int
+) -> None:
+    following = (step + 1) % len(rows)
+    if next_step is not None:
+        next_step.copy_(following)
+    if next_t is not None:
+        timestep = rows[:, ROW.index("timestep")].index_select(0, following.reshape(-1))
+        next_t.view(-1, samples).copy_(timestep)
 
 
 def learned_stddev(row: dict[str, Tensor], v: Tensor) -> Tensor:
@@ -196,61 +244,78 @@ def _check_reverse_step(
     output: Tensor,
     rows: Tensor,
     step: Tensor,
-    noise: Tensor | None,
     seed: Tensor | None,
     sample_index: Tensor | None,
-    x0_prev: Tensor | None,
+    guidance_scale: Tensor | None,
     clip: float | None,
-    out: Tensor | None,
-    pred_xstart: Tensor | None,
+    inputs: dict[str, Tensor | None],
+    written: dict[str, Tensor | None],
 ) -> None:
     op = "reverse_step"
     x_t, model_output = Argument(op, "x_t", x), Argument(op, "model_output", output)
+    table, index = Argument(op, "rows", rows), Argument(op, "step", step)
     checks.check_floating(x_t)
     checks.check_batch(x_t)
     checks.check_layout(x_t)
 
     checks.check_floating(model_output)
-    if (output.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(
-            f"{op}: model_output and x_t must both be float64, or neither; "
-            f"got {checks.dtype_name(output.dtype)} and {checks.dtype_name(x.dtype)}"
-        )
+    checks.check_both_double(model_output, x_t)
     checks.check_device(model_output, x_t)
-    doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-    if output.shape != x.shape and output.shape != doubled:
-        raise ValueError(
-            f"{op}: model_output must have the shape of x_t, or twice its channels; "
-            f"got {list(output.shape)} and {list(x.shape)}"
-        )
+    checks.check_output_shape(model_output, x_t, guided=guidance_scale is not None)
     checks.check_layout(model_output)
 
-    checks.check_rows(Argument(op, "rows", rows), x_t, len(ROW))
-    checks.check_index(Argument(op, "step", step), x_t, scalar_allowed=True)
-    checks.check_range(Argument(op, "step", step), Argument(op, "rows", rows))
-    checks.check_noise_source(x_t, noise, seed, sample_index)
-    inputs = {"noise": noise, "x0_prev": x0_prev}
+    checks.check_rows(table, x_t, len(ROW))
+    checks.check_index(index, x_t, scalar_allowed=True)
+    checks.check_range(index, table)
+    checks.check_noise_source(x_t, inputs["noise"], seed, sample_index)
     given = [Argument(op, name, tensor) for name, tensor in inputs.items() if tensor is not None]
     for argument in given:
         checks.check_like(argument, x_t)
+    if guidance_scale is not None:
+        checks.check_scale(Argument(op, "guidance_scale", guidance_scale), x_t, table)
     if clip is not None and not clip > 0:
         raise ValueError(f"{op}: clip must be positive, or None; got {clip:g}")
 
-    if out is not None:
-        written = Argument(op, "out", out)
-        checks.check_output(written, x_t)
-        # A network may return its own input.
-        for argument in (x_t, model_output):
-            checks.check_no_overlap(written, argument, same_view_allowed=True)
-        for argument in given:
-            checks.check_no_overlap(written, argument, same_view_allowed=False)
-    if pred_xstart is not None:
-        written = Argument(op, "pred_xstart", pred_xstart)
-        checks.check_output(written, x_t)
-        others = [x_t, *([Argument(op, "out", out)] if out is not None else []), model_output]
-        for argument in [*others, *given]:
-            same = argument.name == "x0_prev"
-            checks.check_no_overlap(written, argument, same_view_allowed=same)
+    if any(tensor is not None for tensor in written.values()):
+        checks.check_carry_no_gradient(op, x, output, *inputs.values(), *written.values())
+    others = [x_t]
+    for name, tensor in written.items():
+        if tensor is not None:
+            argument = Argument(op, name, tensor)
+            check = checks.check_next_input if name == "next_input" else checks.check_output
+            check(argument, x_t)
+            for other in [*others, model_output, *given]:
+                same = (name, other.name) in _MAY_BE_THE_SAME
+                checks.check_no_overlap(argument, other, same_view_allowed=same)
+            others.append(argument)
+
+
+# A step in place, of a network that may return its own input, and a history that moves on.
+_MAY_BE_THE_SAME = {("out", "x_t"), ("out", "model_output"), ("pred_xstart", "x0_prev")}
+
+
+def _check_next(
+    x: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    next_step: Tensor | None,
+    next_t: Tensor | None,
+) -> None:
+    op = "reverse_step"
+    read = {"step": step, "seed": seed, "sample_index": sample_index}
+    others = [Argument(op, name, tensor) for name, tensor in read.items() if tensor is not None]
+    if next_step is not None:
+        argument = Argument(op, "next_step", next_step)
+        checks.check_next_step(argument, others[0])
+        for other in others:
+            checks.check_no_overlap(argument, other, same_view_allowed=False)
+        others.append(argument)
+    if next_t is not None:
+        argument = Argument(op, "next_t", next_t)
+        checks.check_next_t(argument, Argument(op, "x_t", x))
+        for other in others:
+            checks.check_no_overlap(argument, other, same_view_allowed=False)
 
 
 def _check_q_sample(

@@ -62,16 +62,18 @@ def reverse_step_case(
     noise: str = "given",
     x0_prev: bool = False,
     per_sample: bool = False,
+    guided: bool = False,
     clip: float | None = 1.0,
     device: torch.device | str = "cpu",
 ) -> ReverseStepCase:
     """A step with random rows, so that every coefficient takes part.
 
-    ``noise`` is "given", "drawn" or "none"; ``per_sample`` gives every sample a step and a seed of
-    its own.
+    ``noise`` is "given", "drawn" or "none"; ``per_sample`` gives every sample a step, a seed and,
+    for each row, a guidance scale of its own.
     """
     samples, channels = shape[:2]
-    output_shape = (samples, channels * (2 if learned else 1), *shape[2:])
+    asked = samples * (2 if guided else 1)
+    output_shape = (asked, channels * (2 if learned else 1), *shape[2:])
     rows = randn((5, len(ROW)), seed + 1, compute_dtype(dtype))
     rows[:, ROW.index("timestep")] = torch.tensor([999.0, 500.0, 17.0, 1.0, 0.0], dtype=rows.dtype)
     rows[:, ROW.index("sigma")].abs_()
@@ -86,6 +88,9 @@ def reverse_step_case(
         seeds = torch.arange(samples) - 7 if per_sample else torch.tensor(seed)
         kwargs["seed"] = seeds.to(device)
         kwargs["sample_index"] = (torch.arange(samples) * 3 + 2**33).to(device)
+    if guided:
+        scale_shape = (5, samples) if per_sample else (1, 1)
+        kwargs["guidance_scale"] = randn(scale_shape, seed + 6, rows.dtype).to(device)
     if x0_prev:
         kwargs["x0_prev"] = laid_out(randn(shape, seed + 3, dtype), layout).to(device)
     x_t = laid_out(randn(shape, seed + 4, dtype).to(device), layout)
@@ -93,6 +98,18 @@ def reverse_step_case(
     return ReverseStepCase(
         (x_t, laid_out(output, layout), rows.to(device), step.to(device)), kwargs
     )
+
+
+def written_tensors(case: ReverseStepCase) -> dict[str, Tensor]:
+    """What reverse_step can write beside x_prev; the network's next input in the output's type."""
+    output, step = case.args[1], case.args[3]
+    asked = len(output)
+    return {
+        "pred_xstart": torch.full_like(case.x_t, 7),
+        "next_input": output.new_full((asked, *case.x_t.shape[1:]), 7),
+        "next_step": torch.full_like(step, 7),
+        "next_t": step.new_full((asked,), 7),
+    }
 
 
 class GaussianModel(nn.Module):

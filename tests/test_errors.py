@@ -327,7 +327,7 @@ def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> 
     arguments = step_arguments()
     arguments["model_output"].requires_grad_()
     arguments[name] = torch.zeros(2, 3, 4, 4)
-    sentence = "reverse_step: out and pred_xstart carry no gradient, but a tensor requires one"
+    sentence = "reverse_step: what is written into carries no gradient, but a tensor requires one"
     with pytest.raises(RuntimeError, match=f"^{sentence}$"):
         ops.reverse_step(**arguments, backend=backend)
     with torch.no_grad():

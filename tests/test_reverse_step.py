@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import INPUT_LAYOUTS, LAYOUTS, ReverseStepCase, laid_out, randn, reverse_step_case
+from cases import (
+    INPUT_LAYOUTS,
+    LAYOUTS,
+    ReverseStepCase,
+    laid_out,
+    randn,
+    reverse_step_case,
+    written_tensors,
+)
 from conftest import needs_native
 from ddpm_fast import ops
 from ddpm_fast.ops import ROW
@@ -35,18 +43,23 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> ReverseStepCase:
         noise=draw(st.sampled_from(["given", "drawn", "none"])),
         x0_prev=draw(st.booleans()),
         per_sample=draw(st.booleans()),
+        guided=draw(st.booleans()),
         clip=draw(st.sampled_from([None, 0.5, 1.0])),
         device=device,
     )
 
 
 def assert_native_matches(case: ReverseStepCase) -> None:
-    ours, spec = (torch.empty_like(case.x_t) for _ in range(2))
-    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend="native", pred_xstart=ours)
-    expected = ops.reverse_step(*case.args, **case.kwargs, backend="reference", pred_xstart=spec)
-    assert torch.equal(ours, spec)
+    ours, spec = written_tensors(case), written_tensors(case)
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend="native", **ours)
+    expected = ops.reverse_step(*case.args, **case.kwargs, backend="reference", **spec)
+    for name in ("pred_xstart", "next_step", "next_t"):
+        assert torch.equal(ours[name], spec[name])
+    for halves, x in ((ours, x_prev), (spec, expected)):
+        for half in halves["next_input"].split(max(1, len(x))):
+            assert torch.equal(half, x.to(half.dtype))
     assert x_prev.stride() == expected.stride()
-    learned = case.args[1].shape != case.x_t.shape
+    learned = case.args[1].shape[1] != case.x_t.shape[1]
     if not learned and case.kwargs.get("seed") is None:
         assert torch.equal(x_prev, expected)
         return
@@ -101,6 +114,10 @@ def formula(case: ReverseStepCase) -> torch.Tensor:
         i = int(step[n] if step.dim() else step)
         row = dict(zip(ROW, rows[i].tolist(), strict=True))
         out, v = output[n, : x_t.shape[1]], output[n, x_t.shape[1] :]
+        if "guidance_scale" in case.kwargs:
+            scale = case.kwargs["guidance_scale"].double().cpu()
+            uncond = output[n + len(x_t), : x_t.shape[1]]
+            out = uncond + scale[i % len(scale), n % scale.shape[1]] * (out - uncond)
         x0 = row["x0_from_xt"] * x_t[n] + row["x0_from_out"] * out
         if case.kwargs["clip"] is not None:
             x0 = x0.clamp(-case.kwargs["clip"], case.kwargs["clip"])
@@ -120,10 +137,21 @@ def formula(case: ReverseStepCase) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, *FLOATS])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
 def test_step_is_the_formula(
-    dtype: torch.dtype, learned: bool, per_sample: bool, device: torch.device, backend: str
+    dtype: torch.dtype,
+    learned: bool,
+    per_sample: bool,
+    guided: bool,
+    device: torch.device,
+    backend: str,
 ) -> None:
-    options: dict[str, Any] = {"learned": learned, "per_sample": per_sample, "x0_prev": True}
+    options: dict[str, Any] = {
+        "learned": learned,
+        "per_sample": per_sample,
+        "guided": guided,
+        "x0_prev": True,
+    }
     case = reverse_step_case((5, 3, 7, 9), dtype=dtype, device=device, seed=3, **options)
     x_prev = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
     tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14
@@ -295,8 +323,12 @@ def test_more_than_2_to_31_bytes(device: torch.device, native: str) -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("noise", ["given", "drawn", "none"])
-def test_gradients(learned: bool, noise: str, device: torch.device, backend: str) -> None:
-    options: dict[str, Any] = {"learned": learned, "noise": noise, "x0_prev": True}
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients(
+    learned: bool, noise: str, guided: bool, device: torch.device, backend: str
+) -> None:
+    options: dict[str, Any] = {"learned": learned, "noise": noise, "guided": guided}
+    options |= {"x0_prev": True, "per_sample": guided}
     case = reverse_step_case((2, 2, 3), dtype=torch.float64, device=device, **options)
     x_t, output, rows, step = case.args
     tensors = [x_t, output, case.kwargs.pop("x0_prev")]
@@ -345,18 +377,19 @@ def test_opcheck(
     if grad and form != "functional":
         pytest.skip("only the functional form carries gradients")
     case = reverse_step_case(device=device, **options)
-    names = ("noise", "seed", "sample_index", "x0_prev", "clip")
+    names = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
     inputs = *case.args, *(case.kwargs.get(name) for name in names)
     if grad:
         inputs[0].requires_grad_(), inputs[1].requires_grad_()
     op = torch.ops.ddpm_fast
-    xstart = torch.empty_like(case.x_t)
+    out = torch.empty_like(case.x_t)
+    written = tuple(written_tensors(case).values())
     if form == "functional":
         torch.library.opcheck(op.reverse_step.default, inputs)
     elif form == "in_place":
-        torch.library.opcheck(op.reverse_step_.default, (*inputs, xstart))
+        torch.library.opcheck(op.reverse_step_.default, (*inputs, *written))
     else:
-        torch.library.opcheck(op.reverse_step.out, (*inputs, torch.empty_like(case.x_t), xstart))
+        torch.library.opcheck(op.reverse_step.out, (*inputs, out, *written))
 
 
 def test_no_recompilation_when_the_batch_changes(device: torch.device, backend: str) -> None:

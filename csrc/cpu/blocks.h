@@ -105,6 +105,23 @@ DDPM_INLINE void store(const View<Target>& view, const Block& block, int64_t pix
                });
 }
 
+template <class T>
+DDPM_INLINE void store_any(const AnyView& view, const Block& block, int64_t pixels,
+                           const T* values) {
+  if constexpr (std::is_same_v<T, double>) {
+    store(view.as<double>(), block, pixels, values);
+  } else {
+    switch (view.dtype) {
+      case Dtype::kBFloat16:
+        return store(view.as<c10::BFloat16>(), block, pixels, values);
+      case Dtype::kFloat16:
+        return store(view.as<c10::Half>(), block, pixels, values);
+      default:
+        return store(view.as<float>(), block, pixels, values);
+    }
+  }
+}
+
 // The block's normals; the buffer has room for the whole of the last call.
 inline void draw_normals(const NoiseKey& key, const Block& block, float* buffer) {
   const int calls = (block.size + kNormalsPerCall - 1) / kNormalsPerCall;

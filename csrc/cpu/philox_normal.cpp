@@ -1,5 +1,5 @@
 // philox_normal and philox on the CPU.
-#include "../philox_normal.h"
+#include "../philox_normal_op.h"
 #include "blocks.h"
 
 namespace ddpm_fast::cpu {

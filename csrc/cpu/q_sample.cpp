@@ -1,5 +1,5 @@
 // q_sample on the CPU.
-#include "../q_sample.h"
+#include "../q_sample_op.h"
 #include "blocks.h"
 
 namespace ddpm_fast::cpu {

@@ -1,5 +1,5 @@
 // reverse_step on the CPU: each block is staged, stepped and stored while it lies in the cache.
-#include "../reverse_step.h"
+#include "../reverse_step_op.h"
 #include "blocks.h"
 
 namespace ddpm_fast::cpu {
@@ -16,6 +16,12 @@ struct ReverseStepBlock {
 
     const T* x_t = load(k.x_t, block, pixels, x_buffer);
     const T* out = load(k.model_output, block, pixels, out_buffer);
+    if (k.guidance.present()) {
+      const T w = k.guidance.at(k.step[block.sample], block.sample);
+      const T* uncond = load(k.model_output, unconditional(k, block), pixels, extra_buffer);
+      for (int i = 0; i < block.size; ++i) out_buffer[i] = guide(w, out[i], uncond[i]);
+      out = out_buffer;
+    }
     T* mean = target(k.out, block, pixels, mean_buffer);
     DDPM_INDEPENDENT
     for (int i = 0; i < block.size; ++i) {
@@ -36,6 +42,18 @@ struct ReverseStepBlock {
       add_noise(k, row, block, load(k.noise, block, pixels, noise_buffer), extra_buffer, mean);
     }
     store(k.out, block, pixels, mean);
+    if constexpr (!std::is_same_v<T, typename K::State>) {
+      if (k.next_input.present()) load(k.out, block, pixels, mean);
+    }
+    for (int64_t copy = 0; copy < k.next_input_copies; ++copy) {
+      const int64_t sample = block.sample + copy * k.shape.samples;
+      store_any(k.next_input, Block{sample, block.first, block.size}, pixels, mean);
+    }
+  }
+
+  template <class K>
+  static DDPM_INLINE Block unconditional(const K& k, const Block& block) {
+    return {block.sample + k.shape.samples, block.first, block.size};
   }
 
   template <class K, class T>
@@ -54,6 +72,7 @@ struct Backend {
   template <class K>
   static void run(const K& kernel) {
     for_each_block<ReverseStepBlock>(kernel);
+    for (int64_t sample = 0; sample < kernel.shape.samples; ++sample) kernel.advance(sample);
   }
 };
 

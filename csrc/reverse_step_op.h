@@ -1,0 +1,239 @@
+// reverse_step: its arguments, their checks, and the three forms of the op, for every backend.
+//
+//   functional  x_prev = reverse_step(x_t, model_output, rows, step, ...)
+//   in place    reverse_step_(x_t, ...)            x_prev over x_t
+//   out         reverse_step.out(..., out=)        x_prev into out
+//
+// The last two also write, where a tensor for it is given, pred_xstart and what the network and the
+// kernel are to be called with next.
+#pragma once
+
+#include "checks.h"
+#include "dispatch.h"
+#include "reverse_step.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <limits>
+
+namespace ddpm_fast {
+
+struct ReverseStep {
+  const Tensor &x_t, &model_output, &rows, &step;
+  const OptionalTensor &noise, &seed, &sample_index, &x0_prev, &guidance_scale;
+  const std::optional<double>& clip;
+  const Tensor& out;
+  const OptionalTensor &pred_xstart, &next_input, &next_step, &next_t;
+};
+
+inline void check_inputs(const Tensor& x, const Tensor& output, const Tensor& rows,
+                         const Tensor& step, const OptionalTensor& noise,
+                         const OptionalTensor& seed, const OptionalTensor& sample_index,
+                         const OptionalTensor& x0_prev, const OptionalTensor& guidance_scale,
+                         const std::optional<double>& clip) {
+  const char* op = "reverse_step";
+  const Argument x_t{op, "x_t", x}, model_output{op, "model_output", output};
+  check_floating(x_t);
+  check_batch(x_t);
+  check_layout(x_t);
+
+  check_floating(model_output);
+  check_both_double(model_output, x_t);
+  check_device(model_output, x_t);
+  check_output_shape(model_output, x_t, guidance_scale.has_value());
+  check_layout(model_output);
+
+  check_rows({op, "rows", rows}, x_t, kRowLength);
+  check_index({op, "step", step}, x_t, true);
+  check_range({op, "step", step}, {op, "rows", rows});
+  check_noise_source(x_t, noise, seed, sample_index);
+  if (noise) check_like({op, "noise", *noise}, x_t);
+  if (x0_prev) check_like({op, "x0_prev", *x0_prev}, x_t);
+  if (guidance_scale) {
+    check_scale({op, "guidance_scale", *guidance_scale}, x_t, {op, "rows", rows});
+  }
+  TORCH_CHECK_VALUE(!clip || *clip > 0, op, ": clip must be positive, or None; got ", *clip);
+}
+
+// What is written into has no gradient to carry.
+inline void check_carry_no_gradient(const ReverseStep& a) {
+  if (!at::GradMode::is_enabled()) return;
+  bool wanted = a.x_t.requires_grad() || a.model_output.requires_grad() || a.out.requires_grad();
+  for (const OptionalTensor* t : {&a.noise, &a.x0_prev, &a.pred_xstart, &a.next_input}) {
+    wanted = wanted || (*t && (*t)->requires_grad());
+  }
+  TORCH_CHECK(!wanted, "reverse_step: what is written into carries no gradient, but a tensor ",
+              "requires one");
+}
+
+inline void check_outputs(const ReverseStep& a) {
+  const char* op = "reverse_step";
+  const Argument x_t{op, "x_t", a.x_t}, out{op, "out", a.out};
+  check_output(out, x_t);
+  check_no_overlap(out, x_t, true);
+  // A network may return its own input.
+  check_no_overlap(out, {op, "model_output", a.model_output}, true);
+  if (a.noise) check_no_overlap(out, {op, "noise", *a.noise}, false);
+  if (a.x0_prev) check_no_overlap(out, {op, "x0_prev", *a.x0_prev}, false);
+  if (a.pred_xstart) {
+    const Argument pred_xstart{op, "pred_xstart", *a.pred_xstart};
+    check_output(pred_xstart, x_t);
+    check_no_overlap(pred_xstart, x_t, false);
+    check_no_overlap(pred_xstart, out, false);
+    check_no_overlap(pred_xstart, {op, "model_output", a.model_output}, false);
+    if (a.noise) check_no_overlap(pred_xstart, {op, "noise", *a.noise}, false);
+    if (a.x0_prev) check_no_overlap(pred_xstart, {op, "x0_prev", *a.x0_prev}, true);
+  }
+  if (a.next_input) {
+    const Argument next_input{op, "next_input", *a.next_input};
+    check_next_input(next_input, x_t);
+    check_no_overlap(next_input, x_t, false);
+    check_no_overlap(next_input, out, false);
+    check_no_overlap(next_input, {op, "model_output", a.model_output}, false);
+    if (a.noise) check_no_overlap(next_input, {op, "noise", *a.noise}, false);
+    if (a.x0_prev) check_no_overlap(next_input, {op, "x0_prev", *a.x0_prev}, false);
+    if (a.pred_xstart) check_no_overlap(next_input, {op, "pred_xstart", *a.pred_xstart}, false);
+  }
+  if (a.next_step) {
+    const Argument next_step{op, "next_step", *a.next_step};
+    check_next_step(next_step, {op, "step", a.step});
+    check_no_overlap(next_step, {op, "step", a.step}, false);
+    if (a.seed) check_no_overlap(next_step, {op, "seed", *a.seed}, false);
+    if (a.seed) check_no_overlap(next_step, {op, "sample_index", *a.sample_index}, false);
+  }
+  if (a.next_t) {
+    const Argument next_t{op, "next_t", *a.next_t};
+    check_next_t(next_t, x_t);
+    check_no_overlap(next_t, {op, "step", a.step}, false);
+    if (a.seed) check_no_overlap(next_t, {op, "seed", *a.seed}, false);
+    if (a.seed) check_no_overlap(next_t, {op, "sample_index", *a.sample_index}, false);
+    if (a.next_step) check_no_overlap(next_t, {op, "next_step", *a.next_step}, false);
+  }
+}
+
+template <class T>
+GuidanceScale<T> guidance_of(const OptionalTensor& scale) {
+  if (!scale) return {};
+  return {scale->const_data_ptr<T>(), scale->size(0) == 1 ? 0 : scale->stride(0),
+          scale->size(1) == 1 ? 0 : scale->stride(1)};
+}
+
+inline Next next_of(const ReverseStep& a) {
+  Next next;
+  if (a.next_step) {
+    next.step = a.next_step->mutable_data_ptr<int64_t>();
+    next.step_stride = a.next_step->dim() == 0 ? 0 : a.next_step->stride(0);
+  }
+  if (a.next_t) {
+    next.t = a.next_t->mutable_data_ptr<int64_t>();
+    next.t_stride = a.next_t->stride(0);
+    next.copies = a.next_t->size(0) / a.x_t.size(0);
+  }
+  return next;
+}
+
+template <class State, class Output>
+ReverseStepKernel<State, Output> kernel_of(const ReverseStep& a) {
+  using T = compute_t<State>;
+  const Shape shape = shape_of(a.x_t);
+  const double clip = a.clip.value_or(std::numeric_limits<double>::infinity());
+  return {
+      shape,
+      view_of<const State>(a.x_t, shape),
+      view_of<const State>(a.noise, shape),
+      view_of<const State>(a.x0_prev, shape),
+      view_of<const Output>(a.model_output, shape),
+      view_of<State>(a.out, shape),
+      view_of<State>(a.pred_xstart, shape),
+      any_view_of(a.next_input, shape),
+      a.next_input ? a.next_input->size(0) / a.x_t.size(0) : 0,
+      a.model_output.size(1) != a.x_t.size(1),
+      static_cast<T>(clip),
+      a.rows.const_data_ptr<T>(),
+      a.rows.size(0),
+      index_of(a.step),
+      guidance_of<T>(a.guidance_scale),
+      {index_of(a.seed), index_of(a.sample_index)},
+      next_of(a),
+  };
+}
+
+// The forms of the op around a backend's run(const ReverseStepKernel<State, Output>&).
+template <class Backend>
+struct ReverseStepForms {
+  static void launch(const ReverseStep& a) {
+    if (a.x_t.numel() == 0) return;
+    const c10::DeviceGuard guard(a.x_t.device());
+    if (a.x_t.scalar_type() == at::kDouble) {
+      return Backend::run(kernel_of<double, double>(a));
+    }
+    dispatch_narrow(a.x_t.scalar_type(), [&](auto state) {
+      dispatch_narrow(a.model_output.scalar_type(), [&](auto output) {
+        using State = typename decltype(state)::type;
+        using Output = typename decltype(output)::type;
+        Backend::run(kernel_of<State, Output>(a));
+      });
+    });
+  }
+
+  static Tensor functional(const Tensor& x_t, const Tensor& model_output, const Tensor& rows,
+                           const Tensor& step, const OptionalTensor& noise,
+                           const OptionalTensor& seed, const OptionalTensor& sample_index,
+                           const OptionalTensor& x0_prev, const OptionalTensor& guidance_scale,
+                           std::optional<double> clip) {
+    check_inputs(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
+                 clip);
+    const Tensor out = at::empty_like(x_t);
+    launch({x_t,
+            model_output,
+            rows,
+            step,
+            noise,
+            seed,
+            sample_index,
+            x0_prev,
+            guidance_scale,
+            clip,
+            out,
+            {},
+            {},
+            {},
+            {}});
+    return out;
+  }
+
+  static void in_place(Tensor& x_t, const Tensor& model_output, const Tensor& rows,
+                       const Tensor& step, const OptionalTensor& noise, const OptionalTensor& seed,
+                       const OptionalTensor& sample_index, const OptionalTensor& x0_prev,
+                       const OptionalTensor& guidance_scale, std::optional<double> clip,
+                       const OptionalTensor& pred_xstart, const OptionalTensor& next_input,
+                       const OptionalTensor& next_step, const OptionalTensor& next_t) {
+    out(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip,
+        x_t, pred_xstart, next_input, next_step, next_t);
+  }
+
+  static void out(const Tensor& x_t, const Tensor& model_output, const Tensor& rows,
+                  const Tensor& step, const OptionalTensor& noise, const OptionalTensor& seed,
+                  const OptionalTensor& sample_index, const OptionalTensor& x0_prev,
+                  const OptionalTensor& guidance_scale, std::optional<double> clip,
+                  const Tensor& out, const OptionalTensor& pred_xstart,
+                  const OptionalTensor& next_input, const OptionalTensor& next_step,
+                  const OptionalTensor& next_t) {
+    check_inputs(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
+                 clip);
+    const ReverseStep a{x_t,  model_output, rows,       step,           noise,
+                        seed, sample_index, x0_prev,    guidance_scale, clip,
+                        out,  pred_xstart,  next_input, next_step,      next_t};
+    check_carry_no_gradient(a);
+    check_outputs(a);
+    launch(a);
+    mark_written(a.out);
+    for (const OptionalTensor* written : {&pred_xstart, &next_input, &next_step, &next_t}) {
+      if (*written) mark_written(**written);
+    }
+  }
+};
+
+}  // namespace ddpm_fast
