@@ -14,10 +14,18 @@ import torch
 from . import _extension
 from .checkpoint import load
 from .diffusion import GaussianDiffusion
-from .sampler import sample, sample_progressive
+from .sampler import Sampler, sample, sample_progressive
 from .solvers import StepTable
 
-__all__ = ["GaussianDiffusion", "StepTable", "info", "load", "sample", "sample_progressive"]
+__all__ = [
+    "GaussianDiffusion",
+    "Sampler",
+    "StepTable",
+    "info",
+    "load",
+    "sample",
+    "sample_progressive",
+]
 
 __version__ = version("ddpm_fast")
 

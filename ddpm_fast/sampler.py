@@ -5,27 +5,34 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from types import NoneType
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import ops
+from . import graphs, ops
 from .checks import is_walkable
+from .conditioning import Labels, checked_labels, null_label
 from .diffusion import GaussianDiffusion
+from .evaluating import evaluating
 from .solvers import Spacing, StepTable, step_table
 
 Model = Callable[..., Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], object]
 
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The counter of the noise holds 48 bits of sample index.
 _MAX_SAMPLES = 1 << 48
+
+# A kernel must not write the step index that it reads, so two take turns.
+_TURNS = 2
+# Eager steps before a capture, in which libraries choose their algorithms; a multiple of _TURNS.
+_WARM_UP = 4
 
 
 def sample(
@@ -37,15 +44,16 @@ def sample(
     num_steps: int | None = None,
     eta: float = 0.0,
     timestep_spacing: Spacing = "trailing",
-    seed: int | None = None,
-    first_index: int = 0,
+    seed: SupportsIndex | None = None,
+    first_index: SupportsIndex = 0,
     generator: torch.Generator | None = None,
     x_T: Tensor | None = None,
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: Labels | None = None,
     guidance_scale: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     precision: str | None = None,
+    compile: bool = False,
     backend: str = "auto",
     progress: bool = False,
     callback: Callback | None = None,
@@ -54,12 +62,13 @@ def sample(
 
     The noise of sample i is a function of (seed, i, timestep, element) alone: whatever the batch
     it is drawn in, the device or the interruptions, it is the same picture, up to the network's
-    own rounding.
+    own rounding. To draw many batches of one shape, keep a :class:`Sampler`.
 
     Args:
         model: called as ``model(x_t, t, **model_kwargs)`` with x_t ``[N, C, ...]`` and t int64
             ``[N]``; returns ``[N, C or 2C, ...]``. A module is put into eval mode meanwhile.
-            It must not write into x_t and t, which each step overwrites.
+            It must not write into x_t and t, which each step overwrites. Where its convolutions
+            are laid out as channels_last, so is x_t.
         shape: ``(N, C, ...)`` of the samples.
         diffusion: the process the model was trained for; by default linear betas 1e-4 ... 0.02,
             T = 1000, epsilon prediction.
@@ -79,7 +88,8 @@ def sample(
             behind them, the unconditional samples.
         device: where to compute; the model's by default.
         precision: ``bf16`` or ``fp16`` runs the network under autocast, ``fp32`` without; the
-            state stays float32.
+            state stays float32. A model that is itself of half precision is fed in its own.
+        compile: run the network through ``torch.compile``.
         backend: ``auto``, ``native`` or ``reference``; see :mod:`ddpm_fast.ops`.
         progress: show a progress bar.
         callback: called as ``callback(step, t, x, pred_xstart)`` after each step, x being the
@@ -93,16 +103,30 @@ def sample(
         TypeError: an argument of another type, likewise.
         RuntimeError: backend ``native`` cannot serve the device.
     """
-    run = _Run(model, shape, diffusion or GaussianDiffusion(), device, backend)
-    run.prepare_table(sampler, num_steps, eta, timestep_spacing)
-    run.prepare_model(class_labels, guidance_scale, model_kwargs, precision)
-    run.prepare_noise(seed, first_index, generator, x_T)
-    if callback is not None:
-        run.keep_pred_xstart()
-    for step in run.steps(progress):
-        if callback is not None and run.pred_xstart is not None:
-            callback(step, run.table.timesteps[step], run.x, run.pred_xstart)
-    return run.x
+    run = Sampler(
+        model,
+        shape,
+        diffusion=diffusion,
+        sampler=sampler,
+        num_steps=num_steps,
+        eta=eta,
+        timestep_spacing=timestep_spacing,
+        guidance_scale=guidance_scale,
+        device=device,
+        precision=precision,
+        compile=compile,
+        backend=backend,
+    )
+    return run(
+        seed=seed,
+        first_index=first_index,
+        generator=generator,
+        x_T=x_T,
+        class_labels=class_labels,
+        model_kwargs=model_kwargs,
+        progress=progress,
+        callback=callback,
+    )
 
 
 def sample_progressive(
@@ -114,15 +138,16 @@ def sample_progressive(
     num_steps: int | None = None,
     eta: float = 0.0,
     timestep_spacing: Spacing = "trailing",
-    seed: int | None = None,
-    first_index: int = 0,
+    seed: SupportsIndex | None = None,
+    first_index: SupportsIndex = 0,
     generator: torch.Generator | None = None,
     x_T: Tensor | None = None,
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: Labels | None = None,
     guidance_scale: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     precision: str | None = None,
+    compile: bool = False,
     backend: str = "auto",
     progress: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -133,186 +158,335 @@ def sample_progressive(
     Arguments and errors are those of :func:`sample`; errors come at the call, not at the first
     step.
     """
-    run = _Run(model, shape, diffusion or GaussianDiffusion(), device, backend)
-    run.prepare_table(sampler, num_steps, eta, timestep_spacing)
-    run.prepare_model(class_labels, guidance_scale, model_kwargs, precision)
-    run.prepare_noise(seed, first_index, generator, x_T)
-    pred_xstart = run.keep_pred_xstart()
-    return ((step, run.x.clone(), pred_xstart.clone()) for step in run.steps(progress))
+    run = Sampler(
+        model,
+        shape,
+        diffusion=diffusion,
+        sampler=sampler,
+        num_steps=num_steps,
+        eta=eta,
+        timestep_spacing=timestep_spacing,
+        guidance_scale=guidance_scale,
+        device=device,
+        precision=precision,
+        compile=compile,
+        backend=backend,
+    )
+    return run.progressive(
+        seed=seed,
+        first_index=first_index,
+        generator=generator,
+        x_T=x_T,
+        class_labels=class_labels,
+        model_kwargs=model_kwargs,
+        progress=progress,
+    )
 
 
-class _Run:
-    """One call of :func:`sample`: its arguments, checked, and the buffers of its loop."""
+class Sampler:
+    """Draws batches of one shape, again and again: :func:`sample` with all that can be kept, kept.
+
+    That is the step table, the buffers and, on CUDA, the graph of the network and the kernel: two
+    steps, captured in the first call and replayed from then on. A callback, ``progressive`` and a
+    ``generator`` need the host between the steps, which then run one by one. So they do where the
+    network cannot be captured, after a warning that says why.
+
+    Arguments are those of :func:`sample`, split between here and the call. One sampler draws one
+    batch at a time.
+    """
 
     def __init__(
         self,
         model: Model,
         shape: Sequence[int],
-        diffusion: GaussianDiffusion,
-        device: torch.device | str | None,
-        backend: str,
+        *,
+        diffusion: GaussianDiffusion | None = None,
+        sampler: str = "ddpm",
+        num_steps: int | None = None,
+        eta: float = 0.0,
+        timestep_spacing: Spacing = "trailing",
+        guidance_scale: float | None = None,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        compile: bool = False,
+        backend: str = "auto",
     ) -> None:
         self.model = model
         self.shape = tuple(operator.index(size) for size in shape)
         if len(self.shape) < 2 or min(self.shape) < 1:
             raise ValueError(f"shape must be (N, C, ...), each at least 1; got {self.shape}")
-        self.diffusion = diffusion
-        weight = _first_weight(model)
-        self.device = torch.device(device or (weight.device if weight is not None else "cpu"))
-        self.model_dtype = weight.dtype if weight is not None else torch.float32
-        self.dtype = ops.compute_dtype(self.model_dtype)
-        self.backend = backend
-        ops.serves_natively(self.device, backend)
-        self.pred_xstart: Tensor | None = None
-
-    def prepare_table(
-        self, sampler: str, num_steps: int | None, eta: float, spacing: Spacing
-    ) -> None:
-        self.table: StepTable = step_table(
-            self.diffusion, sampler, num_steps, eta=eta, timestep_spacing=spacing
-        )
-        self.rows = self.table.to(self.device, self.dtype)
-        self.timesteps = torch.tensor(self.table.timesteps, device=self.device)
-
-    def prepare_model(
-        self,
-        class_labels: int | Sequence[int] | Tensor | None,
-        guidance_scale: float | None,
-        model_kwargs: Mapping[str, Any] | None,
-        precision: str | None,
-    ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-        self.precision = precision
-        self.model_kwargs = dict(model_kwargs or {})
-        self.guidance_scale = guidance_scale
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite; got {guidance_scale}")
-        if class_labels is not None and "class_labels" in self.model_kwargs:
-            raise ValueError("give class_labels by itself or in model_kwargs, not both")
-        if class_labels is not None:
-            labels = _checked_labels(class_labels, self.shape[0], self.model).to(self.device)
-            if guidance_scale is not None:
-                null = torch.full_like(labels, _null_label(self.model))
-                labels = torch.cat([labels, null])
-            self.model_kwargs["class_labels"] = labels
-        elif guidance_scale is not None:
-            raise ValueError("guidance_scale needs class_labels to guide towards")
+        self.diffusion = diffusion or GaussianDiffusion()
+        self.table: StepTable = step_table(
+            self.diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing
+        )
+        weight = _first_weight(model)
+        self.device = torch.device(device or (weight.device if weight is not None else "cpu"))
+        ops.serves_natively(self.device, backend)
+        self.backend = backend
+        self.precision = precision
+        self.guided = guidance_scale is not None
+        self.draws_noise = self.table.draws_noise
+        self.network = torch.compile(model) if compile else model
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._uncapturable = False
+        self._captured: list[int] = []
+        self.kwargs: dict[str, Any] = {}
+        self._prepare_buffers(weight.dtype if weight is not None else torch.float32)
+        self.guidance_scale: Tensor | None = None
+        if guidance_scale is not None:
+            self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
 
-    def prepare_noise(
+    def __call__(
         self,
-        seed: int | None,
-        first_index: int,
+        *,
+        seed: SupportsIndex | None = None,
+        first_index: SupportsIndex = 0,
+        generator: torch.Generator | None = None,
+        x_T: Tensor | None = None,
+        class_labels: Labels | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """One batch; arguments, result and errors are those of :func:`sample`."""
+        self._start(seed, first_index, generator, x_T, class_labels, model_kwargs)
+        with evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
+            if callback is None:
+                self._run(generator, bar)
+            else:
+                for step, pred_xstart in self._steps(generator, bar):
+                    callback(step, self.table.timesteps[step], self.x, pred_xstart)
+        return self.x.clone()
+
+    def progressive(
+        self,
+        *,
+        seed: SupportsIndex | None = None,
+        first_index: SupportsIndex = 0,
+        generator: torch.Generator | None = None,
+        x_T: Tensor | None = None,
+        class_labels: Labels | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """One batch, step by step, as :func:`sample_progressive` yields it."""
+        self._start(seed, first_index, generator, x_T, class_labels, model_kwargs)
+
+        def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
+            with evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
+                for step, pred_xstart in self._steps(generator, bar):
+                    yield step, self.x.clone(), pred_xstart.clone()
+
+        return steps()
+
+    def _prepare_buffers(self, model_dtype: torch.dtype) -> None:
+        dtype = ops.compute_dtype(model_dtype)
+        layout = _memory_format(self.model, len(self.shape))
+        batch, *sizes = self.shape
+        asked = batch * (2 if self.guided else 1)
+        self.rows = self.table.to(self.device, dtype)
+        self.x = torch.empty(self.shape, dtype=dtype, device=self.device, memory_format=layout)
+        # What the network reads: x itself, unless it wants another type, or each sample twice.
+        self.next_input: Tensor | None = None
+        if self.guided or model_dtype != dtype:
+            self.next_input = torch.empty(
+                (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
+            )
+        self.model_input = self.x if self.next_input is None else self.next_input
+        self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
+        self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
+        self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.offset = torch.arange(batch, device=self.device)
+        self.sample_index = torch.empty_like(self.offset)
+
+    def _start(
+        self,
+        seed: SupportsIndex | None,
+        first_index: SupportsIndex,
         generator: torch.Generator | None,
         x_T: Tensor | None,
+        class_labels: Labels | None,
+        model_kwargs: Mapping[str, Any] | None,
     ) -> None:
+        """Checks the arguments of a call, and puts all buffers where its first step finds them."""
+        kwargs = self._checked_kwargs(class_labels, model_kwargs)
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
-        batch, first_index = self.shape[0], operator.index(first_index)
-        if not 0 <= first_index <= _MAX_SAMPLES - batch:
-            raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first_index}")
-        self.generator = generator
+        batch, first = self.shape[0], operator.index(first_index)
+        if not 0 <= first <= _MAX_SAMPLES - batch:
+            raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first}")
+        if x_T is not None and tuple(x_T.shape) != self.shape:
+            raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
+        if x_T is not None and not x_T.is_floating_point():
+            raise ValueError(f"x_T must hold floating-point numbers; got {x_T.dtype}")
         if generator is None:
-            self.seed = ops.seed_tensor(seed, self.device)
-            last = first_index + batch
-            self.sample_index = torch.arange(first_index, last, device=self.device)
-        self.x = self._initial_noise() if x_T is None else self._checked_start(x_T)
+            self.seed.copy_(ops.seed_tensor(seed, self.device))
+            torch.add(self.offset, first, out=self.sample_index)
 
-    def _initial_noise(self) -> Tensor:
-        if self.generator is not None:
-            return self._randn()
+        self._hand_over(kwargs)
+        self.x.copy_(self._initial_noise(generator) if x_T is None else x_T.detach())
+        if self.next_input is not None:
+            self.next_input.view(-1, *self.shape).copy_(self.x)
+        self.step_index[0].zero_()
+        self.t.fill_(self.table.timesteps[0])
+
+    def _checked_kwargs(
+        self, class_labels: Labels | None, model_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        kwargs = dict(model_kwargs or {})
+        if class_labels is None:
+            if self.guided:
+                raise ValueError("guidance_scale needs class_labels to guide towards")
+            return kwargs
+        if "class_labels" in kwargs:
+            raise ValueError("give class_labels by itself or in model_kwargs, not both")
+        labels = checked_labels(class_labels, self.shape[0], self.model).to(self.device)
+        if self.guided:
+            labels = torch.cat([labels, torch.full_like(labels, null_label(self.model))])
+        return kwargs | {"class_labels": labels}
+
+    def _hand_over(self, kwargs: dict[str, Any]) -> None:
+        """Keeps the graph where it can serve this call too; the tensors it reads get new values."""
+        if self._graph is not None:
+            moved = self._captured != _addresses(self.model)
+            if not moved and _replaceable(self.kwargs, kwargs):
+                for name, value in kwargs.items():
+                    if isinstance(value, Tensor):
+                        self.kwargs[name].copy_(value)
+                return
+            self._graph = None
+        self.kwargs = kwargs
+
+    def _initial_noise(self, generator: torch.Generator | None) -> Tensor:
+        if generator is not None:
+            return self._randn(generator)
         return ops.philox_normal(
             self.shape,
             seed=self.seed,
             sample_index=self.sample_index,
             timestep=torch.zeros_like(self.seed),
             stream=ops.STREAMS["initial"],
-            dtype=self.dtype,
+            dtype=self.x.dtype,
             backend=self.backend,
         )
 
-    def _checked_start(self, x_T: Tensor) -> Tensor:
-        if tuple(x_T.shape) != self.shape:
-            raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
-        if not x_T.is_floating_point():
-            raise ValueError(f"x_T must hold floating-point numbers; got {x_T.dtype}")
-        layout = torch.contiguous_format
-        return x_T.detach().to(self.device, self.dtype, copy=True, memory_format=layout)
-
-    def _randn(self) -> Tensor:
-        assert self.generator is not None
-        where = self.generator.device
-        noise = torch.randn(self.shape, generator=self.generator, device=where, dtype=self.dtype)
+    def _randn(self, generator: torch.Generator) -> Tensor:
+        where = generator.device
+        noise = torch.randn(self.shape, generator=generator, device=where, dtype=self.x.dtype)
         return noise.to(self.device)
 
-    def keep_pred_xstart(self) -> Tensor:
-        self.pred_xstart = torch.empty_like(self.x)
-        return self.pred_xstart
-
-    def steps(self, progress: bool) -> Iterator[int]:
-        """Runs the loop; ``x`` and ``pred_xstart`` are at each yield as the step left them."""
-        copies = 1 if self.guidance_scale is None else 2
-        t = torch.empty(copies * self.shape[0], dtype=torch.int64, device=self.device)
-        indices = torch.arange(len(self.table), device=self.device).unbind()
-        draws_noise = self.table.draws_noise
-        with _evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
-            for step, index in enumerate(indices):
-                # Re-entered at every step: a generator must not leave its mode to its caller.
-                with torch.inference_mode():
-                    t.copy_(self.timesteps[step])
-                    output = self._model_output(t)
-                    ops.reverse_step(
-                        self.x,
-                        output,
-                        self.rows,
-                        index,
-                        **(self._noise(step) if draws_noise else {}),
-                        clip=self.table.clip,
-                        out=self.x,
-                        pred_xstart=self.pred_xstart,
-                        backend=self.backend,
-                    )
+    def _run(self, generator: torch.Generator | None, bar: tqdm[NoReturn]) -> None:
+        """All steps, with nothing between them."""
+        with torch.inference_mode(), self._autocast():
+            done = self._replay(bar) if generator is None and self._captures() else 0
+            for step in range(done, len(self.table)):
+                self._step(step, generator)
                 bar.update()
-                yield step
 
-    def _noise(self, step: int) -> dict[str, Tensor]:
-        if self.generator is None:
+    def _steps(
+        self, generator: torch.Generator | None, bar: tqdm[NoReturn]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The steps one by one: the number of each, and its prediction of x_start."""
+        pred_xstart = torch.empty_like(self.x)
+        for step in range(len(self.table)):
+            # Entered anew at every step: whoever is called between them must not find them set.
+            with torch.inference_mode(), self._autocast():
+                self._step(step, generator, pred_xstart)
+            bar.update()
+            yield step, pred_xstart
+
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and not self._uncapturable
+
+    def _replay(self, bar: tqdm[NoReturn]) -> int:
+        """As many steps as the graph can do, captured first if need be; returns their number."""
+        done, total = 0, len(self.table)
+        if self._graph is None and total < _WARM_UP + _TURNS:
+            return 0
+        with torch.cuda.device(self.device):
+            if self._graph is None:
+                with graphs.beside_the_current_stream(self.device):
+                    done = self._turns(_WARM_UP)
+                bar.update(done)
+                self._capture()
+            while self._graph is not None and done + _TURNS <= total:
+                self._graph.replay()
+                done += _TURNS
+                bar.update(_TURNS)
+        return done
+
+    def _turns(self, count: int) -> int:
+        for step in range(count):
+            self._step(step)
+        return count
+
+    def _capture(self) -> None:
+        kwargs = self.kwargs
+        # The graph reads from here; the caller's tensors remain the caller's.
+        with torch.inference_mode(False):
+            self.kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        self._captured = _addresses(self.model)
+        self._graph = graphs.capture(lambda: self._turns(_TURNS))
+        self._uncapturable = self._graph is None
+
+    def _step(
+        self,
+        step: int,
+        generator: torch.Generator | None = None,
+        pred_xstart: Tensor | None = None,
+    ) -> None:
+        """One step: x, and what the network and the kernel are to be called with next."""
+        turn = step % _TURNS
+        ops.reverse_step(
+            self.x,
+            self._predict(),
+            self.rows,
+            self.step_index[turn],
+            **self._noise(step, generator),
+            guidance_scale=self.guidance_scale,
+            clip=self.table.clip,
+            out=self.x,
+            pred_xstart=pred_xstart,
+            next_input=self.next_input,
+            next_step=self.step_index[turn - 1],
+            next_t=self.t,
+            backend=self.backend,
+        )
+
+    def _noise(self, step: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if not self.draws_noise:
+            return {}
+        if generator is None:
             return {"seed": self.seed, "sample_index": self.sample_index}
         # The last step has none to draw.
-        return {"noise": self._randn()} if step + 1 < len(self.table) else {}
+        return {"noise": self._randn(generator)} if step + 1 < len(self.table) else {}
 
-    def _model_output(self, t: Tensor) -> Tensor:
-        x = self.x.to(self.model_dtype)
-        if self.guidance_scale is not None:
-            x = torch.cat([x, x])
-        with self._autocast():
-            output = self.model(x, t, **self.model_kwargs)
+    def _predict(self) -> Tensor:
+        output = self.network(self.model_input, self.t, **self.kwargs)
         if not isinstance(output, Tensor):
             raise TypeError(f"the model must return a tensor; got {type(output).__name__}")
-        if self.guidance_scale is not None:
-            output = _guided(output, self.guidance_scale, self.shape[1])
         if self.table.reads_variance and output.shape[1] != 2 * self.shape[1]:
             raise ValueError(
                 f"a {self.diffusion.variance_type} variance needs a model with "
                 f"{2 * self.shape[1]} output channels; got {output.shape[1]}"
             )
-        if output.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr():
-            output = output.clone()  # a part of its input, which the step is to overwrite
-        return output if is_walkable(output) else output.contiguous()
+        if _shares_memory(output, self.model_input):
+            output = output.clone()  # it is about to be overwritten
+        return output if output.is_contiguous() or is_walkable(output) else output.contiguous()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
             return contextlib.nullcontext()
         if self.precision == "fp32":
             return torch.autocast(self.device.type, enabled=False)
-        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
-
-
-def _guided(output: Tensor, scale: float, channels: int) -> Tensor:
-    cond, uncond = output.chunk(2)
-    guided = torch.lerp(uncond[:, :channels], cond[:, :channels], scale)
-    # A learned variance is the conditional one's.
-    return torch.cat([guided, cond[:, channels:]], dim=1)
+        # A graph must not read weights that were cast for this context, and end with it.
+        keep_cast_weights = self.device.type != "cuda"
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, cache_enabled=keep_cast_weights)
 
 
 def _first_weight(model: Model) -> Tensor | None:
@@ -321,54 +495,33 @@ def _first_weight(model: Model) -> Tensor | None:
     return next((p for p in model.parameters() if p.is_floating_point()), None)
 
 
-def _null_label(model: Model) -> int:
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is None:
-        raise ValueError("guidance_scale needs a model with num_classes, the null label")
-    return int(num_classes)
+def _memory_format(model: Model, dims: int) -> torch.memory_format:
+    """channels_last where the model's convolutions are laid out so."""
+    weights = model.parameters() if isinstance(model, nn.Module) and dims == 4 else ()
+    for weight in weights:
+        if weight.dim() == 4 and not weight.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
 
 
-def _checked_labels(labels: int | Sequence[int] | Tensor, batch: int, model: Model) -> Tensor:
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"class_labels must be integers; got {labels.dtype}")
-    labels = labels.to(torch.int64)
-    if labels.dim() == 0:
-        labels = labels.expand(batch)
-    if list(labels.shape) != [batch]:
-        raise ValueError(f"class_labels must have shape [{batch}]; got {list(labels.shape)}")
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is not None and not bool(((labels >= 0) & (labels <= num_classes)).all()):
-        raise ValueError(
-            f"class_labels must lie in [0, {num_classes - 1}], or be the null label {num_classes}"
-        )
-    return labels.contiguous()
+def _shares_memory(output: Tensor, model_input: Tensor) -> bool:
+    first = model_input.data_ptr()
+    return first <= output.data_ptr() < first + model_input.numel() * model_input.element_size()
 
 
-# The models that are sampled from now: by how many runs, and the modes of their parts before.
-_sampled: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
-_sampled = WeakKeyDictionary()
-_sampled_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode for all of the model; the last of the runs that share it puts each part back."""
+def _addresses(model: Model) -> list[int]:
+    """Where a model's numbers lie, which a graph has by heart."""
     if not isinstance(model, nn.Module):
-        yield
-        return
-    with _sampled_lock:
-        runs, modes = _sampled.get(model, (0, [(part, part.training) for part in model.modules()]))
-        _sampled[model] = runs + 1, modes
-        for part, _ in modes:
-            part.training = False
-    try:
-        yield
-    finally:
-        with _sampled_lock:
-            runs, modes = _sampled.pop(model)
-            if runs > 1:
-                _sampled[model] = runs - 1, modes
-            else:
-                for part, mode in modes:
-                    part.training = mode
+        return []
+    return [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+
+
+def _replaceable(captured: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a graph of the first serves the second, once the tensors have new values."""
+
+    def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return isinstance(a, bool | int | float | str | NoneType) and type(a) is type(b) and a == b
+
+    return captured.keys() == kwargs.keys() and all(alike(captured[k], kwargs[k]) for k in kwargs)

@@ -26,6 +26,7 @@ LAYERS = [
     ["data", "checkpoint", "image_io"],
     ["atomic"],
     ["sampler"],
+    ["conditioning", "evaluating", "graphs"],
     ["solvers"],
     ["diffusion"],
     ["schedules"],

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from cases import GaussianModel
-from ddpm_fast import GaussianDiffusion, sample, sample_progressive
+from ddpm_fast import GaussianDiffusion, Sampler, sample, sample_progressive
+from ddpm_fast.models import LightweightUNet
 
 SHAPE = (3, 2, 5, 7)
 DIFFUSION = GaussianDiffusion.from_schedule("linear", 20, beta_end=0.3)
@@ -350,3 +351,48 @@ def test_interrupted_runs_go_on_where_they_were(backend: str) -> None:
     *_, (_, x, _) = half
     rest = sample(model, SHAPE, x_T=x, timestep_spacing=list(range(10))[::-1], **options)
     torch.testing.assert_close(rest, whole, rtol=0, atol=1e-6)
+
+
+def test_a_sampler_draws_what_sample_draws(device: torch.device, backend: str) -> None:
+    """Batch after batch from the same buffers, which none of the pictures handed out shares."""
+    options: dict[str, Any] = {"diffusion": DIFFUSION, "device": device, "backend": backend}
+    model = GaussianModel(DIFFUSION)
+    sampler = Sampler(model, SHAPE, **options)
+    calls = [{"seed": 0}, {"seed": 1, "first_index": 7}, {"seed": 0}, {"x_T": torch.ones(SHAPE)}]
+    drawn = [sampler(**{"seed": 3} | call) for call in calls]
+    for call, x in zip(calls, drawn, strict=True):
+        assert torch.equal(x, sample(model, SHAPE, **options, **{"seed": 3} | call))
+
+
+def test_the_loop_allocates_nothing(backend: str) -> None:
+    """The network is called with the same two tensors at every step of every batch."""
+    seen = set()
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.add((x.data_ptr(), t.data_ptr()))
+        return torch.zeros_like(x)
+
+    sampler = Sampler(network, SHAPE, diffusion=DIFFUSION, backend=backend)
+    sampler(seed=0)
+    sampler(seed=1)
+    assert len(seen) == 1
+
+
+def test_channels_last_models_are_fed_channels_last(device: torch.device, backend: str) -> None:
+    model = LightweightUNet(2, 8, 2).to(device)
+    layouts = []
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    plain = draw(model, backend=backend)
+    model.to(memory_format=torch.channels_last).register_forward_pre_hook(look)
+    torch.testing.assert_close(draw(model, backend=backend), plain, rtol=0, atol=1e-4)
+    assert all(layouts) and len(layouts) == 20
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same_pictures(device: torch.device, backend: str) -> None:
+    model = LightweightUNet(2, 8, 2).to(device)
+    compiled = draw(model, compile=True, backend=backend)
+    torch.testing.assert_close(compiled, draw(model, backend=backend), rtol=0, atol=1e-4)
