@@ -1,4 +1,4 @@
-"""The command line: ``ddpm-fast train | sample | info``, each a thin wrapper around the library."""
+"""The command line, ``ddpm-fast train | sample | bench | info``: thin wrappers of the library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import image_io, info
+from . import bench, image_io, info
+from .atomic import atomic_write
 from .checkpoint import BUNDLED, load
 from .diffusion import GaussianDiffusion
 from .models import LightweightUNet, UNet
@@ -306,6 +307,26 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     )
 
 
+# --- bench ------------------------------------------------------------------------------------
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_writable(args.json)
+    device = _device(args.device)
+    _serves_natively(device, "native")
+    machine = bench.machine(device)
+    progress = tqdm(bench.measure(device), disable=not sys.stderr.isatty(), leave=False)
+    results = list(progress)
+    print(f"ddpm_fast {machine['ddpm_fast']}, torch {machine['torch']}, on {machine['on']}")
+    print("median time of a call, and that over the native one's; measured in turns\n")
+    print(bench.table(results))
+    if args.json is not None:
+        rows = [result._asdict() for result in results]
+        with atomic_write(args.json) as file:
+            file.write(json.dumps({"machine": machine, "results": rows}, indent=2).encode())
+
+
 # --- info -------------------------------------------------------------------------------------
 
 
@@ -344,6 +365,10 @@ examples:
   ddpm-fast train digits --out digits.safetensors
   ddpm-fast train photos/ --image-size 64 --classes-from-folders --out photos.safetensors
   ddpm-fast train digits --out digits.safetensors --resume""",
+    "bench": """\
+examples:
+  ddpm-fast bench
+  ddpm-fast bench --device cuda --json bench.json""",
     "info": """\
 examples:
   ddpm-fast info
@@ -375,6 +400,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_sample_options(command("sample", _sample, "draw samples and write them as pictures"))
     _add_train_options(command("train", _train, "train a model on the digits or on your pictures"))
+    parser_of_bench = command(
+        "bench", _bench, "measure the kernels beside eager PyTorch and the fallback, in a minute"
+    )
+    _add_device(parser_of_bench)
+    parser_of_bench.add_argument(
+        "--json", metavar="FILE", help="write the measurements there too, in seconds"
+    )
     parser_of_info = command(
         "info", _info, "tell versions, the backend of each device, bundled models"
     )

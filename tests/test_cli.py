@@ -27,7 +27,7 @@ from ddpm_fast.image_io import GAP, LABEL_HEIGHT, READABLE_SIZE, to_uint8
 from ddpm_fast.models import LightweightUNet, UNet
 from ddpm_fast.training import TrainConfig, digits_recipe, folder_recipe
 
-COMMANDS = ("sample", "train", "info")
+COMMANDS = ("sample", "train", "bench", "info")
 
 
 def run(*options: object) -> int:

@@ -1,0 +1,197 @@
+"""The benchmark's own arithmetic, and that it refuses to time what is wrong. No test times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast import _extension, bench, cli
+from ddpm_fast.bench import checking, contenders, timing
+from ddpm_fast.bench.contenders import StepProblem
+from ddpm_fast.models import LightweightUNet
+
+CPU = torch.device("cpu")
+SHAPE = (4, 3, 16, 16)
+
+needs_native = pytest.mark.skipif(
+    "cpu" not in _extension.native_devices, reason=f"no extension: {_extension.reason}"
+)
+
+
+class FakeClock:
+    """Time passes only in the calls that are measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.seconds)
+
+    def call(self, *durations: float) -> timing.Call:
+        """Takes each duration in turn, and the last one ever after."""
+        left = list(durations)
+
+        def pass_time() -> None:
+            self.seconds += left.pop(0) if len(left) > 1 else left[0]
+
+        return pass_time
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    return FakeClock(monkeypatch)
+
+
+def test_the_first_call_is_left_out(fake_clock: FakeClock) -> None:
+    assert timing.calls_per_round(fake_clock.call(60.0, 3e-4), CPU) == 3
+
+
+@pytest.mark.parametrize(("once", "calls"), [(1.0, 1), (1e-9, timing.MAX_CALLS)])
+def test_calls_per_round_are_bounded(fake_clock: FakeClock, once: float, calls: int) -> None:
+    assert timing.calls_per_round(fake_clock.call(once), CPU) == calls
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(0.0, timing.MIN_ROUNDS), (6.0, 12), (1e9, timing.MAX_ROUNDS)]
+)
+def test_rounds_fit_into_the_time(fake_clock: FakeClock, seconds: float, rounds: int) -> None:
+    calls = {fake_clock.call(0.1): 3, fake_clock.call(0.2): 1}
+    assert timing.rounds_within(seconds, calls, CPU) == rounds
+
+
+def test_medians_of_calls_that_take_turns(fake_clock: FakeClock) -> None:
+    order = []
+
+    def noted(name: str, call: timing.Call) -> timing.Call:
+        return lambda: (order.append(name), call())
+
+    # Once to compile, once to count and once to plan; then five rounds, with one outlier.
+    slow = fake_clock.call(9, 2, 2, 2, 2, 100, 2, 2)
+    found = timing.side_by_side(
+        {"slow": noted("slow", slow), "fast": noted("fast", fake_clock.call(1))}, CPU, 0
+    )
+    assert found == pytest.approx({"slow": 2, "fast": 1})
+    assert order[-4:] == ["slow", "fast", "slow", "fast"]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("name", ["textbook", "in_place"])
+def test_eager_steps_are_right(name: str, noise: bool, guided: bool) -> None:
+    problem = contenders.step_problem(SHAPE, noise=noise, guided=guided)
+    step = contenders.EAGER_STEPS[name](problem)
+    checking.check_step(problem, step, drawn_by="torch")
+    checking.check_step(problem, step, drawn_by="unknown")
+
+
+@pytest.fixture
+def problem() -> StepProblem:
+    return contenders.step_problem(SHAPE)
+
+
+def altered(problem: StepProblem, scale: float, shift: float = 0.0) -> contenders.Step:
+    step = contenders.textbook(problem)
+
+    def wrong() -> Tensor:
+        return step().mul_(scale).add_(shift)
+
+    return wrong
+
+
+@pytest.mark.parametrize("drawn_by", ["torch", "unknown"])
+@pytest.mark.parametrize(("scale", "shift"), [(1.2, 0), (1, 0.05), (torch.nan, 0)])
+def test_wrong_steps_are_refused(
+    problem: StepProblem, drawn_by: str, scale: float, shift: float
+) -> None:
+    with pytest.raises(checking.WrongResult):
+        checking.check_step(problem, altered(problem, scale, shift), drawn_by=drawn_by)
+
+
+def test_noise_that_is_not_ours_is_refused(problem: StepProblem) -> None:
+    with pytest.raises(checking.WrongResult):
+        checking.check_step(problem, contenders.textbook(problem), drawn_by="counter")
+
+
+def test_q_sample_is_checked() -> None:
+    problem = contenders.forward_problem(SHAPE)
+    eager, ours = contenders.eager_q_sample(problem), contenders.reference_q_sample(problem)
+    checking.check_forward(problem, eager)
+    checking.check_our_forward(problem, ours)
+    with pytest.raises(checking.WrongResult):
+        checking.check_our_forward(problem, eager)
+    with pytest.raises(checking.WrongResult):
+        checking.check_forward(problem, lambda: (ours()[0] * 1.01, ours()[1]))
+
+
+def test_loops_are_checked() -> None:
+    problem = contenders.loop_problem(LightweightUNet(), (1, 3, 8, 8), 25, device=CPU)
+    loop = contenders.reference_loop(problem)
+    checking.check_loop(problem, loop, drawn_by="counter")
+    for wrong, drawn_by in ((lambda: loop() * 1.01, "counter"), (loop, "torch")):
+        with pytest.raises(checking.WrongResult):
+            checking.check_loop(problem, wrong, drawn_by=drawn_by)
+
+
+def test_the_bare_network_is_called_once_a_step() -> None:
+    network = LightweightUNet()
+    calls: list[object] = []
+    network.register_forward_hook(lambda *_: calls.append(None))
+    problem = contenders.loop_problem(network, (1, 3, 8, 8), 25, device=CPU)
+    contenders.bare_network(problem)()
+    assert len(calls) == 25
+
+
+@needs_native
+def test_measure_goes_through_everything() -> None:
+    shapes = {768: (1, 3, 16, 16)}
+    results = list(bench.measure(CPU, shapes=shapes, loop_steps=25, seconds=0))
+    assert [result.work for result in results] == [
+        "reverse step",
+        "  without noise",
+        "q_sample",
+        "loop, three convolutions",
+    ]
+    assert all(value > 0 for result in results for value in result.seconds.values())
+    assert all("native" in result.seconds for result in results)
+
+
+def test_table() -> None:
+    results = [
+        bench.Measured("reverse step", "3,072", {"textbook": 3e-5, "native": 1e-5}),
+        bench.Measured("loop", "100 steps", {"bare network": 0.5, "native": 1.0}),
+    ]
+    head, first, second = bench.table(results).splitlines()
+    assert head.split() == ["textbook", "native", "bare", "network"]
+    assert first.split() == ["reverse", "step", "3,072", *["30", "us", "3.00", "10", "us", "1.00"]]
+    assert second.split() == ["loop", "100", "steps", *["1", "s", "1.00", "500", "ms", "0.50"]]
+    assert second.index("500 ms") > first.rindex("1.00") > head.index("native")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    measured = [bench.Measured("reverse step", "3,072", {"textbook": 3e-5, "native": 1e-5})]
+    monkeypatch.setattr(bench, "measure", lambda device: iter(measured))
+    yield
+
+
+@needs_native
+def test_the_command(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--device", "cpu", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed.splitlines()[0]
+    assert "reverse step" in printed and "3.00" in printed
+    saved = json.loads(path.read_text())
+    assert saved["results"][0]["seconds"] == {"textbook": 3e-5, "native": 1e-5}
+    assert saved["machine"]["torch"] == torch.__version__
+
+
+def test_the_command_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_extension, "native_devices", frozenset())
+    assert cli.main(["bench", "--device", "cpu"]) == 2
+    assert "error: backend 'native' cannot serve cpu tensors" in capsys.readouterr().err
