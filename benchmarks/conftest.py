@@ -1,0 +1,125 @@
+"""How every benchmark is run: which of the grid, side by side with what, and what is recorded."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_fast.bench import processor_name
+from ddpm_fast.bench.timing import Call, calls_per_round, clock, rounds_within, seconds_per_call
+
+Race = Callable[..., None]
+SECONDS, SECONDS_IN_FULL = 1.0, 3.0  # for each row
+PACKAGES = ("ddpm_fast", "torch", "diffusers", "denoising-diffusion-pytorch")
+STATISTICS = ("median", "q1", "q3", "min", "max", "rounds", "iterations")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the whole grid, and longer at each row")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            return False
+        return config.getoption("--full") or not item.get_closest_marker("full")
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.fixture
+def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
+    """Times a contender with pytest-benchmark, in turns with others, and records the ratios."""
+
+    def run(
+        timed: Call,
+        beside: Mapping[str, Call],
+        *,
+        device: torch.device,
+        group: str,
+        steps: int = 1,
+        elements: int | None = None,
+        moved: int | None = None,
+        copied: int | None = None,
+        **facts: Any,
+    ) -> None:
+        """Every round is a batch of the contender's calls and one of each of the others.
+
+        Args:
+            timed: the contender.
+            beside: what else has a turn in each round, "native" and what else is a measure.
+            device: where they work.
+            group: the table of pytest-benchmark in which the contender stands.
+            steps: how many steps a call is, of each of them.
+            elements: of x_t.
+            moved: bytes that the contender must at least move in a call, and
+            copied: those that the call of ``beside["copy"]`` moves.
+            facts: what tells this row from others.
+        """
+        benchmark.group = group
+        if benchmark.disabled:
+            benchmark.pedantic(timed)
+            return
+        others = dict(beside)
+        calls = {call: calls_per_round(call, device) for call in (timed, *others.values())}
+        times: dict[str, list[float]] = {name: [] for name in others}
+        now = benchmark._timer = clock(device)
+
+        def turns_of_the_others() -> None:
+            for name, call in others.items():
+                times[name].append(seconds_per_call(call, calls[call], now))
+
+        seconds = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
+        benchmark.pedantic(
+            timed,
+            rounds=rounds_within(seconds, calls, device),
+            iterations=calls[timed],
+            teardown=turns_of_the_others,
+        )
+        a_call = benchmark.stats.stats.median
+        over = {name: a_call / median(values) for name, values in times.items()}
+        measured = {"seconds_per_step": a_call / steps, "steps_per_sec": steps / a_call}
+        if elements is not None:
+            measured["elements"] = elements
+            measured["ns_per_element"] = a_call / steps / elements * 1e9
+        if moved is not None and copied is not None:
+            measured["gb_per_sec"] = moved / a_call / 1e9
+            measured["copy_share"] = moved / copied / over["copy"]
+        benchmark.extra_info.update(facts, device=device.type, **measured, over=over)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    """What the results are read against, and nothing that names the machine or its owner."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info.clear()
+    machine_info.update(
+        cpu=processor_name(),
+        threads=torch.get_num_threads(),
+        gpu=gpu,
+        python=platform.python_version(),
+        versions={name: _version(name) for name in PACKAGES},
+    )
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Results are committed: the statistics of each row, without the time of each round."""
+    for row in output_json["benchmarks"]:
+        row["stats"] = {name: row["stats"][name] for name in STATISTICS}
+        for name in ("fullname", "param", "params", "options"):
+            del row[name]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
