@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
     """Times a contender with pytest-benchmark, in turns with others, and records the ratios."""
+    seconds = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
 
     def run(
         timed: Call,
@@ -50,41 +51,23 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         copied: int | None = None,
         **facts: Any,
     ) -> None:
-        """Every round is a batch of the contender's calls and one of each of the others.
-
-        Args:
-            timed: the contender.
-            beside: what else has a turn in each round, "native" and what else is a measure.
-            device: where they work.
-            group: the table of pytest-benchmark in which the contender stands.
-            steps: how many steps a call is, of each of them.
-            elements: of x_t.
-            moved: bytes that the contender must at least move in a call, and
-            copied: those that the call of ``beside["copy"]`` moves.
-            facts: what tells this row from others.
+        """Args:
+        timed: the contender.
+        beside: what else has a turn in each round: "native", and what else is a measure.
+        device: where they work.
+        group: the table of pytest-benchmark in which the contender stands.
+        steps: how many steps a call is, of each of them.
+        elements: of x_t.
+        moved: bytes that a call must at least move, and
+        copied: those that the call of ``beside["copy"]`` moves.
+        facts: what tells this row from others.
         """
         benchmark.group = group
         if benchmark.disabled:
             benchmark.pedantic(timed)
             return
-        others = dict(beside)
-        calls = {call: calls_per_round(call, device) for call in (timed, *others.values())}
-        times: dict[str, list[float]] = {name: [] for name in others}
-        now = benchmark._timer = clock(device)
-
-        def turns_of_the_others() -> None:
-            for name, call in others.items():
-                times[name].append(seconds_per_call(call, calls[call], now))
-
-        seconds = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
-        benchmark.pedantic(
-            timed,
-            rounds=rounds_within(seconds, calls, device),
-            iterations=calls[timed],
-            teardown=turns_of_the_others,
-        )
+        over = in_turns(benchmark, timed, dict(beside), device, seconds)
         a_call = benchmark.stats.stats.median
-        over = {name: a_call / median(values) for name, values in times.items()}
         measured = {"seconds_per_step": a_call / steps, "steps_per_sec": steps / a_call}
         if elements is not None:
             measured["elements"] = elements
@@ -95,6 +78,36 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         benchmark.extra_info.update(facts, device=device.type, **measured, over=over)
 
     return run
+
+
+def in_turns(
+    benchmark: Any, timed: Call, others: dict[str, Call], device: torch.device, seconds: float
+) -> dict[str, float]:
+    """How many times as long as each of the others a call takes: ratios of medians.
+
+    Every round is a batch of its calls, timed by pytest-benchmark, and one of each of the others.
+    """
+    now = clock(device)
+    calls = {call: calls_per_round(call, device) for call in (timed, *others.values())}
+    times: dict[str, list[float]] = {name: [] for name in others}
+
+    def turns_of_the_others() -> None:
+        for name, call in others.items():
+            times[name].append(seconds_per_call(call, calls[call], now))
+
+    benchmark.pedantic(
+        timed,
+        rounds=rounds_within(seconds, calls, device),
+        iterations=calls[timed],
+        teardown=turns_of_the_others,
+    )
+    a_call = benchmark.stats.stats.median
+    return {name: a_call / median(values) for name, values in times.items()}
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any) -> None:
+    for name in set(commit_info) - {"id", "time", "dirty"}:
+        del commit_info[name]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:

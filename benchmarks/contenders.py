@@ -167,7 +167,9 @@ def diffusers_q_sample(p: ForwardProblem) -> Forward:
 
 def lucidrains_q_sample(p: ForwardProblem) -> Forward:
     """`GaussianDiffusion.q_sample`, of noise from torch.randn, as its `p_losses` does it."""
-    diffusion = _lucidrains(_Network(lambda x, t: x, p.x_start.shape[1]), p.x_start, 1000)
+    diffusion = _lucidrains(
+        _Network(lambda x, t: x, p.x_start.shape[1], p.x_start.dtype), p.x_start, 1000
+    )
 
     def noising() -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(p.x_start)
@@ -210,11 +212,11 @@ def diffusers_loop(p: LoopProblem) -> Step:
 def lucidrains_loop(p: LoopProblem) -> Step:
     """The loop of `GaussianDiffusion.p_sample_loop`, without its progress bar."""
     x = torch.empty(p.shape, device=p.device)
-    diffusion = _lucidrains(_Network(p.network, p.shape[1]), x, p.diffusion.num_timesteps)
+    diffusion = _lucidrains(_Network(p.network, p.shape[1], p.dtype), x, p.diffusion.num_timesteps)
 
     def loop() -> Tensor:
         with torch.inference_mode():
-            x = torch.randn(p.shape, device=p.device, dtype=p.dtype)
+            x = torch.randn(p.shape, device=p.device)
             for t in reversed(range(diffusion.num_timesteps)):
                 x, _ = diffusion.p_sample(x, t)
             return x
@@ -223,14 +225,14 @@ def lucidrains_loop(p: LoopProblem) -> Step:
 
 
 class _Network(SimpleNamespace):
-    """A network as lucidrains' GaussianDiffusion calls it."""
+    """A network as lucidrains' GaussianDiffusion calls it: its state is float32 in any case."""
 
-    def __init__(self, network: Callable[..., Tensor], channels: int) -> None:
-        super().__init__(network=network, channels=channels, out_dim=channels)
+    def __init__(self, network: Callable[..., Tensor], channels: int, dtype: torch.dtype) -> None:
+        super().__init__(network=network, channels=channels, out_dim=channels, dtype=dtype)
         self.self_condition = False
 
     def __call__(self, x: Tensor, t: Tensor, x_self_cond: None) -> Tensor:
-        return self.network(x, t)
+        return self.network(x.to(self.dtype), t)
 
 
 def _lucidrains(network: _Network, x: Tensor, num_steps: int) -> Any:

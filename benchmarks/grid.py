@@ -11,6 +11,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from contenders import WITH_NOISE_ONLY
+from ddpm_fast.bench.timing import clock
 
 SHAPES = {
     3_072: (1, 3, 32, 32),
@@ -78,5 +79,7 @@ def grid(contenders: Iterable[str], kinds: tuple[str, ...] = KINDS) -> list[Para
 
 
 def marks(device: str, short: bool) -> list[pytest.MarkDecorator]:
-    found = [pytest.mark.cuda] if device == "cuda" else []
-    return found if short else [*found, pytest.mark.full]
+    found = [] if short else [pytest.mark.full]
+    if device == "cuda":
+        found += [pytest.mark.cuda, pytest.mark.benchmark(timer=clock(torch.device(device)))]
+    return found

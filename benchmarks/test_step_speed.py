@@ -12,7 +12,7 @@ from conftest import Race
 from contenders import FLOORS, GRAPH_STEPS, STEPS
 from ddpm_fast.bench.checking import check_step
 from ddpm_fast.bench.contenders import StepProblem, native, step_problem
-from grid import Case, grid
+from grid import Case, grid, marks
 
 
 def problem_of(case: Case) -> StepProblem:
@@ -68,9 +68,10 @@ def test_floor(race: Race, case: Case, name: str) -> None:
     )
 
 
-@pytest.mark.cuda
-def test_step_in_a_graph(race: Race) -> None:
-    case = Case(3_072, "float32", "cuda")
+@pytest.mark.parametrize(
+    "case", [pytest.param(Case(3_072, "float32", "cuda"), marks=marks("cuda", short=True))]
+)
+def test_step_in_a_graph(race: Race, case: Case) -> None:
     problem = problem_of(case)
     step = native(problem)
     check_step(problem, native(problem), drawn_by="counter")
