@@ -52,13 +52,13 @@ def compiled(p: StepProblem) -> Step:
     The coefficients are a tensor, so that one compilation serves all steps.
     """
     torch.compiler.reset()
+    row, w, noisy = _row(p), p.guidance_scale, p.noisy
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, fullgraph=True)
     def step(x_t: Tensor, model_output: Tensor, row: Tensor) -> Tensor:
-        noise = torch.randn_like(x_t) if p.noisy else None
-        return textbook_formula(x_t, model_output, _named(row), p.guidance_scale, noise)
+        noise = torch.randn_like(x_t) if noisy else None
+        return textbook_formula(x_t, model_output, _named(row), w, noise)
 
-    row = _row(p)
     return lambda: step(p.x_t, p.model_output, row)
 
 
@@ -66,12 +66,12 @@ def compiled_after_randn(p: StepProblem) -> Step:
     """The same with the noise drawn by torch.randn: better on the CPU, whose generator inductor
     does not vectorise."""
     torch.compiler.reset()
+    row, w, noise = _row(p), p.guidance_scale, torch.empty_like(p.x_t)
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, fullgraph=True)
     def step(x_t: Tensor, model_output: Tensor, row: Tensor, noise: Tensor) -> Tensor:
-        return textbook_formula(x_t, model_output, _named(row), p.guidance_scale, noise)
+        return textbook_formula(x_t, model_output, _named(row), w, noise)
 
-    row, noise = _row(p), torch.empty_like(p.x_t)
     return lambda: step(p.x_t, p.model_output, row, noise.normal_())
 
 
@@ -167,9 +167,8 @@ def diffusers_q_sample(p: ForwardProblem) -> Forward:
 
 def lucidrains_q_sample(p: ForwardProblem) -> Forward:
     """`GaussianDiffusion.q_sample`, of noise from torch.randn, as its `p_losses` does it."""
-    diffusion = _lucidrains(
-        _Network(lambda x, t: x, p.x_start.shape[1], p.x_start.dtype), p.x_start, 1000
-    )
+    no_network = _Network(lambda x, t: x, p.x_start.shape[1], p.x_start.dtype)
+    diffusion = _lucidrains(no_network, p.x_start, p.diffusion.num_timesteps)
 
     def noising() -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(p.x_start)
