@@ -5,7 +5,8 @@
 #
 # Needs no network: python3 with a CUDA build of torch, the packages of the `dev` and `benchmarks` extras
 # (diffusers and lucidrains are left out where they are missing), nvcc and compute-sanitizer. Each section
-# has a time limit; one that fails lets the others go on, and the script exit with 1.
+# has a time limit; one that fails lets the others go on, and the script exit with 1. Where the checkout
+# comes without its history, DDPM_FAST_COMMIT may name the commit in the results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")
@@ -39,7 +40,9 @@ machine() {
 
 build() {
   # One architecture, the one that is here: a build for all of them takes several times as long.
-  TORCH_CUDA_ARCH_LIST=$(python3 -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")')
+  TORCH_CUDA_ARCH_LIST=$(
+    python3 -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")'
+  ) || return
   export TORCH_CUDA_ARCH_LIST DDPM_FAST_BUILD=cuda
   python3 -m pip install -v --no-build-isolation --no-deps -e . && ddpm-fast info
 }

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from .claims import copy_share, over_bare_network, speed_up
+from .claims import NOISE, copy_share, over_bare_network, speed_up
 from .rows import Results, Row
 
 # The palette of Okabe & Ito (2008), which colour-blind readers can tell apart.
@@ -26,8 +26,8 @@ STYLES = {
     "randn": ("the noise alone: torch.randn", "#000000"),
     "add": ("the memory alone: torch.add", "#000000"),
 }
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 FLOOR_LINES = {"randn": "--", "add": ":"}
-NOISE = {"op": "reverse_step", "kind": "noise", "dtype": "float32"}
 
 plt.rcParams.update(
     {
@@ -42,7 +42,6 @@ plt.rcParams.update(
         "axes.axisbelow": True,
         "grid.color": "#DDDDDD",
         "legend.frameon": False,
-        "svg.hashsalt": "ddpm_fast",
     }
 )
 
@@ -94,7 +93,7 @@ def speed_up_bars(results: Results) -> Figure | None:
     rows = results.find(**NOISE, contender=lambda name: name in STYLES and name != "native")
     rows = [row for row in rows if row["contender"] not in (*FLOOR_LINES, "reference")]
     groups = _grouped(rows, lambda row: f"{row['elements']:,} elements")
-    return _bars(results, groups, speed_up, "How many times faster ddpm_fast takes a reverse step")
+    return _bars(results, groups, speed_up, "A reverse step: how many times faster ddpm_fast is")
 
 
 def bandwidth_bars(results: Results) -> Figure | None:
@@ -109,7 +108,7 @@ def bandwidth_bars(results: Results) -> Figure | None:
         sizes = {row["elements"] for row in rows if row["kind"] == kind}
         largest += [row for row in rows if row["kind"] == kind and row["elements"] == max(sizes)]
     groups = _grouped(largest, lambda row: f"{kinds[row['kind']]}, {row['elements']:,} elements")
-    title = "Memory bandwidth of a reverse step, of what a copy reaches"
+    title = "A reverse step's share of the copy bandwidth"
     return _bars(results, groups, copy_share, title, as_share=True)
 
 
@@ -123,7 +122,7 @@ def loop_bars(results: Results) -> Figure | None:
             f"batch {row['batch']}, {row['resolution']}×{row['resolution']}"
         ),
     )
-    title = "Time of sampling, over that of calling the network alone"
+    title = "Sampling time, over that of the network alone"
     return _bars(results, groups, over_bare_network, title)
 
 
@@ -155,7 +154,7 @@ def _bars(
             textcoords="offset points",
             va="center",
             weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            bbox=LABEL_BOX,
         )
 
         position += 1
@@ -170,6 +169,7 @@ def _bars(
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
+                bbox=LABEL_BOX,
             )
             names.append((position, label))
             position += 1

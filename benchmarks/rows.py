@@ -46,7 +46,7 @@ def load(paths: Sequence[Path]) -> dict[str, Results]:
 
 def _results(device: str, content: dict[str, Any], rows: list[Row]) -> Results:
     machine, commit = content["machine_info"], content["commit_info"]
-    cpu = f"{machine['cpu']}, {machine['threads']} threads"
+    cpu = f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return Results(
         device=device,
         machine=machine["gpu"] if device == "cuda" else cpu,

@@ -68,7 +68,7 @@ class Chain:
 SHORT = [
     Chain("three_convolutions", 1, 32, 100, "cpu"),
     Chain("three_convolutions", 16, 32, 25, "cpu"),
-    Chain("small_unet", 1, 32, 25, "cpu"),
+    Chain("small_unet", 1, 16, 25, "cpu"),
     Chain("three_convolutions", 1, 32, 200, "cuda"),
     Chain("three_convolutions", 16, 32, 200, "cuda"),
     Chain("three_convolutions", 64, 32, 200, "cuda"),
@@ -78,7 +78,8 @@ FULL = [
     Chain("three_convolutions", 4, 32, 100, "cpu"),
     Chain("three_convolutions", 1, 64, 50, "cpu"),
     Chain("three_convolutions", 1, 128, 25, "cpu"),
-    Chain("small_unet", 4, 32, 25, "cpu"),
+    Chain("small_unet", 4, 16, 25, "cpu"),
+    Chain("small_unet", 1, 32, 25, "cpu"),
     Chain("three_convolutions", 4, 32, 200, "cuda"),
     Chain("three_convolutions", 16, 128, 200, "cuda"),
     Chain("paper_unet_bf16", 1, 32, 50, "cuda"),
