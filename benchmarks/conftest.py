@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
     """Times a contender with pytest-benchmark, in turns with others, and records the ratios."""
-    seconds = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
+    seconds_a_row = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
 
     def run(
         timed: Call,
@@ -47,6 +47,7 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         device: torch.device,
         group: str,
         steps: int = 1,
+        patience: int = 1,
         elements: int | None = None,
         moved: int | None = None,
         copied: int | None = None,
@@ -58,6 +59,7 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         device: where they work.
         group: the table of pytest-benchmark in which the contender stands.
         steps: how many steps a call is, of each of them.
+        patience: how many times as long to measure as other rows.
         elements: of x_t.
         moved: bytes that a call must at least move, and
         copied: those that the call of ``beside["copy"]`` moves.
@@ -67,7 +69,7 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         if benchmark.disabled:
             benchmark.pedantic(timed)
             return
-        over = in_turns(benchmark, timed, dict(beside), device, seconds)
+        over = in_turns(benchmark, timed, dict(beside), device, patience * seconds_a_row)
         a_call = benchmark.stats.stats.median
         measured = {"seconds_per_step": a_call / steps, "steps_per_sec": steps / a_call}
         if elements is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from contenders import WITH_NOISE_ONLY
 from ddpm_fast.bench.timing import clock
@@ -68,7 +68,7 @@ def cases(kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
             yield Case(elements, dtype, device, kind)
 
 
-def grid(contenders: Iterable[str], kinds: tuple[str, ...] = KINDS) -> list[ParameterSet]:
+def grid(contenders: Iterable[str], kinds: tuple[str, ...] = KINDS) -> list[Any]:
     """Every case with every contender that has a part in it."""
     return [
         pytest.param(case, name, id=f"{case}-{name}", marks=marks(case.device, case in SHORT))

@@ -66,8 +66,8 @@ class Chain:
 
 
 SHORT = [
-    Chain("three_convolutions", 1, 32, 100, "cpu"),
-    Chain("three_convolutions", 16, 32, 25, "cpu"),
+    Chain("three_convolutions", 1, 32, 50, "cpu"),
+    Chain("three_convolutions", 8, 32, 25, "cpu"),
     Chain("small_unet", 1, 16, 25, "cpu"),
     Chain("three_convolutions", 1, 32, 200, "cuda"),
     Chain("three_convolutions", 16, 32, 200, "cuda"),
@@ -75,7 +75,8 @@ SHORT = [
     Chain("paper_unet_bf16", 16, 32, 50, "cuda"),
 ]
 FULL = [
-    Chain("three_convolutions", 4, 32, 100, "cpu"),
+    Chain("three_convolutions", 2, 32, 50, "cpu"),
+    Chain("three_convolutions", 32, 32, 25, "cpu"),
     Chain("three_convolutions", 1, 64, 50, "cpu"),
     Chain("three_convolutions", 1, 128, 25, "cpu"),
     Chain("small_unet", 4, 16, 25, "cpu"),
@@ -105,6 +106,7 @@ def test_loop(race: Race, chain: Chain, name: str) -> None:
             f"{chain.resolution}x{chain.resolution}, {chain.device}"
         ),
         steps=chain.steps,
+        patience=3,  # a few percent are in question
         op="loop",
         network=chain.network,
         batch=chain.batch,

@@ -73,10 +73,13 @@ def test_floor(race: Race, case: Case, name: str) -> None:
 )
 def test_step_in_a_graph(race: Race, case: Case) -> None:
     problem = problem_of(case)
-    step = native(problem)
-    check_step(problem, native(problem), drawn_by="counter")
+    step, steps_in_a_graph = native(problem), contenders.native_graph(problem)
+    check_step(problem, step, drawn_by="counter")
+    for _ in range(GRAPH_STEPS):
+        x = step()
+    torch.testing.assert_close(steps_in_a_graph(), x)
     race(
-        contenders.native_graph(problem),
+        steps_in_a_graph,
         {"native": lambda: [step() for _ in range(GRAPH_STEPS)]},
         steps=GRAPH_STEPS,
         **facts_of(case, "native_graph"),
