@@ -34,6 +34,9 @@ TORCH_LIBRARY(ddpm_fast, m) {
       "q_sample.drawn(Tensor x_start, Tensor t, Tensor rows, Tensor seed, Tensor sample_index) "
       "-> (Tensor, Tensor)");
   m.def(
+      "q_sample.out(Tensor x_start, Tensor t, Tensor rows, Tensor? noise, Tensor? seed, "
+      "Tensor? sample_index, Tensor(a!) x_t, Tensor(b!)? drawn_noise) -> ()");
+  m.def(
       "philox_normal(SymInt[] size, Tensor seed, Tensor sample_index, Tensor timestep, "
       "int stream, ScalarType dtype) -> Tensor");
   m.def("philox(Tensor counter, Tensor key) -> Tensor");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -382,3 +383,30 @@ def test_devices_are_not_mixed(backend: str, device: torch.device) -> None:
     assert str(error.value) == (
         "reverse_step: model_output must be on the device of x_t; got cpu and cuda:0"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "x_t", "drawn", "sentence"),
+    [
+        ("noise", FLAT, SHIFTED, "give noise, or drawn_noise to write it into"),
+        ("seed", FLAT, None, "give noise, or drawn_noise to write it into"),
+        ("seed", FLAT, FLAT, "drawn_noise must not overlap the memory of x_t"),
+        ("seed", FLAT, SHIFTED, "drawn_noise must not overlap the memory of x_t"),
+        ("seed", FLAT[:, :, :2], None, "give noise, or drawn_noise to write it into"),
+        (
+            "seed",
+            FLAT[:, :, :2],
+            WIDE[1],
+            "x_t must have the shape of x_start; got [2, 3, 2, 4] and [2, 3, 4, 4]",
+        ),
+    ],
+)
+def test_q_sample_writes_into_memory_of_its_own(
+    given: str, x_t: torch.Tensor, drawn: torch.Tensor | None, sentence: str, native: str
+) -> None:
+    """The form without gradients, which the public op calls with new tensors only."""
+    arguments = noising_arguments() if given == "noise" else drawn_noising_arguments()
+    inputs = [arguments.get(name) for name in ("noise", "seed", "sample_index")]
+    x_start, t, rows = (arguments[name] for name in ("x_start", "t", "rows"))
+    with pytest.raises(ValueError, match=f"^{re.escape('q_sample: ' + sentence)}$"):
+        torch.ops.ddpm_fast.q_sample.out(x_start, t, rows, *inputs, x_t, drawn)
