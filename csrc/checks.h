@@ -240,9 +240,9 @@ inline void check_next_input(const Argument& a, const Argument& like) {
   check_apart(a);
 }
 
-inline void check_next_step(const Argument& a, const Argument& step) {
+inline void check_next_step(const Argument& a, const Argument& step, const Argument& like) {
   check_dtype(a, at::kLong);
-  check_device(a, step);
+  check_device(a, like);
   check_same_shape(a, step);
   check_apart(a);
 }

@@ -98,7 +98,7 @@ inline void check_outputs(const ReverseStep& a) {
   }
   if (a.next_step) {
     const Argument next_step{op, "next_step", *a.next_step};
-    check_next_step(next_step, {op, "step", a.step});
+    check_next_step(next_step, {op, "step", a.step}, x_t);
     check_no_overlap(next_step, {op, "step", a.step}, false);
     if (a.seed) check_no_overlap(next_step, {op, "seed", *a.seed}, false);
     if (a.seed) check_no_overlap(next_step, {op, "sample_index", *a.sample_index}, false);
