@@ -229,7 +229,6 @@ class Sampler:
         self.backend = backend
         self.precision = precision
         self.guided = guidance_scale is not None
-        self.draws_noise = self.table.draws_noise
         self.network = torch.compile(model) if compile else model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uncapturable = False
@@ -239,6 +238,7 @@ class Sampler:
         self.guidance_scale: Tensor | None = None
         if guidance_scale is not None:
             self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
+        self._arguments = [self._step_arguments(turn) for turn in range(_TURNS)]
 
     def __call__(
         self,
@@ -440,30 +440,32 @@ class Sampler:
         pred_xstart: Tensor | None = None,
     ) -> None:
         """One step: x, and what the network and the kernel are to be called with next."""
-        turn = step % _TURNS
-        ops.reverse_step(
-            self.x,
-            self._predict(),
-            self.rows,
-            self.step_index[turn],
-            **self._noise(step, generator),
-            guidance_scale=self.guidance_scale,
-            clip=self.table.clip,
-            out=self.x,
-            pred_xstart=pred_xstart,
-            next_input=self.next_input,
-            next_step=self.step_index[turn - 1],
-            next_t=self.t,
-            backend=self.backend,
-        )
+        arguments = self._arguments[step % _TURNS]
+        if generator is not None:
+            arguments = arguments | self._given_noise(step, generator)
+        ops.reverse_step(self.x, self._predict(), **arguments, pred_xstart=pred_xstart)
 
-    def _noise(self, step: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        if not self.draws_noise:
-            return {}
-        if generator is None:
-            return {"seed": self.seed, "sample_index": self.sample_index}
+    def _step_arguments(self, turn: int) -> dict[str, Any]:
+        """What reverse_step is called with at every other step."""
+        return {
+            "rows": self.rows,
+            "step": self.step_index[turn],
+            "seed": self.seed if self.table.draws_noise else None,
+            "sample_index": self.sample_index if self.table.draws_noise else None,
+            "guidance_scale": self.guidance_scale,
+            "clip": self.table.clip,
+            "out": self.x,
+            "next_input": self.next_input,
+            "next_step": self.step_index[turn - 1],
+            "next_t": self.t,
+            "backend": self.backend,
+        }
+
+    def _given_noise(self, step: int, generator: torch.Generator) -> dict[str, Tensor | None]:
         # The last step has none to draw.
-        return {"noise": self._randn(generator)} if step + 1 < len(self.table) else {}
+        draws = self.table.draws_noise and step + 1 < len(self.table)
+        noise = self._randn(generator) if draws else None
+        return {"noise": noise, "seed": None, "sample_index": None}
 
     def _predict(self) -> Tensor:
         output = self.network(self.model_input, self.t, **self.kwargs)
