@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "ROW",
     "STREAMS",
+    "bound_reverse_step",
     "compute_dtype",
     "philox",
     "philox_normal",
@@ -188,6 +189,24 @@ def reverse_step(
     return out
 
 
+def bound_reverse_step(
+    x_t: Tensor, rows: Tensor, step: Tensor, *, backend: str = "auto", **options: Any
+) -> Callable[[Tensor], object]:
+    """:func:`reverse_step` in place, all but the ``model_output`` that it is called with settled.
+
+    Between two calls of a small network, what Python does here counts. ``options`` are those of
+    :func:`reverse_step`, ``clip`` included; errors come at the call.
+    """
+    if not serves_natively(x_t.device, backend):
+        return lambda model_output: reference.reverse_step(
+            x_t, model_output, rows, step, **options, out=x_t
+        )
+    native = _native.reverse_step_.default
+    given = tuple(options.pop(name, None) for name in (*_SOURCES, *_NEXT))
+    assert not options, options
+    return lambda model_output: native(x_t, model_output, rows, step, *given)
+
+
 def q_sample(
     x_start: Tensor,
     t: Tensor,
@@ -328,8 +347,8 @@ def _empty_words(counter: Tensor, key: Tensor) -> Tensor:
     return torch.empty_like(counter, memory_format=torch.contiguous_format)
 
 
-_DRAWN = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
-_STEP = ("x_t", "model_output", "rows", "step", *_DRAWN)
+_SOURCES = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
+_STEP = ("x_t", "model_output", "rows", "step", *_SOURCES)
 _NOISING = ("x_start", "t", "rows", "noise", "seed", "sample_index")
 _NEXT = ("pred_xstart", "next_input", "next_step", "next_t")
 

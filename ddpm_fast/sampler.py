@@ -238,7 +238,10 @@ class Sampler:
         self.guidance_scale: Tensor | None = None
         if guidance_scale is not None:
             self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
-        self._arguments = [self._step_arguments(turn) for turn in range(_TURNS)]
+        self._advance = [
+            ops.bound_reverse_step(self.x, self.rows, index, **self._options(turn))
+            for turn, index in enumerate(self.step_index)
+        ]
 
     def __call__(
         self,
@@ -297,6 +300,8 @@ class Sampler:
                 (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
             )
         self.model_input = self.x if self.next_input is None else self.next_input
+        first = self.model_input.data_ptr()
+        self._input_memory = range(first, first + self.model_input.nbytes)
         self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
         self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -440,21 +445,23 @@ class Sampler:
         pred_xstart: Tensor | None = None,
     ) -> None:
         """One step: x, and what the network and the kernel are to be called with next."""
-        arguments = self._arguments[step % _TURNS]
+        turn = step % _TURNS
+        if generator is None and pred_xstart is None:
+            self._advance[turn](self._predict())
+            return
+        options = self._options(turn) | {"out": self.x, "pred_xstart": pred_xstart}
         if generator is not None:
-            arguments = arguments | self._given_noise(step, generator)
-        ops.reverse_step(self.x, self._predict(), **arguments, pred_xstart=pred_xstart)
+            options |= self._given_noise(step, generator)
+        ops.reverse_step(self.x, self._predict(), self.rows, self.step_index[turn], **options)
 
-    def _step_arguments(self, turn: int) -> dict[str, Any]:
+    def _options(self, turn: int) -> dict[str, Any]:
         """What reverse_step is called with at every other step."""
+        draws = self.table.draws_noise
         return {
-            "rows": self.rows,
-            "step": self.step_index[turn],
-            "seed": self.seed if self.table.draws_noise else None,
-            "sample_index": self.sample_index if self.table.draws_noise else None,
+            "seed": self.seed if draws else None,
+            "sample_index": self.sample_index if draws else None,
             "guidance_scale": self.guidance_scale,
             "clip": self.table.clip,
-            "out": self.x,
             "next_input": self.next_input,
             "next_step": self.step_index[turn - 1],
             "next_t": self.t,
@@ -476,7 +483,7 @@ class Sampler:
                 f"a {self.diffusion.variance_type} variance needs a model with "
                 f"{2 * self.shape[1]} output channels; got {output.shape[1]}"
             )
-        if _shares_memory(output, self.model_input):
+        if output.data_ptr() in self._input_memory:
             output = output.clone()  # it is about to be overwritten
         return output if output.is_contiguous() or is_walkable(output) else output.contiguous()
 
@@ -504,11 +511,6 @@ def _memory_format(model: Model, dims: int) -> torch.memory_format:
         if weight.dim() == 4 and not weight.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format
-
-
-def _shares_memory(output: Tensor, model_input: Tensor) -> bool:
-    first = model_input.data_ptr()
-    return first <= output.data_ptr() < first + model_input.numel() * model_input.element_size()
 
 
 def _addresses(model: Model) -> list[int]:
