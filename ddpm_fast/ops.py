@@ -201,10 +201,12 @@ def bound_reverse_step(
         return lambda model_output: reference.reverse_step(
             x_t, model_output, rows, step, **options, out=x_t
         )
-    native = _native.reverse_step_.default
-    given = tuple(options.pop(name, None) for name in (*_SOURCES, *_NEXT))
+    given = [options.pop(name, None) for name in (*_SOURCES, *_NEXT)]
     assert not options, options
-    return lambda model_output: native(x_t, model_output, rows, step, *given)
+    bound: Callable[[Tensor], object] = _extension.module.bound_reverse_step(
+        x_t, rows, step, *given
+    )
+    return bound
 
 
 def q_sample(
