@@ -26,9 +26,8 @@ DDPM_HOST_DEVICE float fma(float a, float b, float c) {
 #endif
 }
 
-// The square root, correctly rounded, of 0 or of a number between 2^-100 and 2^100. On the device
-// these are the steps of sqrt.rn without its branch to what lies outside, which no other
-// instruction can be moved across.
+// The square root, correctly rounded, of 0 or of a number above 2^-75. On the device these are the
+// steps of sqrt.rn, without its branch to what else there is: nothing can be moved across that.
 DDPM_HOST_DEVICE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float reciprocal;

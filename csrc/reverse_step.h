@@ -25,7 +25,7 @@ struct GuidanceScale {
 struct Next {
   int64_t *step = nullptr, *t = nullptr;
   int64_t step_stride = 0, t_stride = 0;
-  int64_t copies = 1;  // of t: guidance asks the network twice for each sample
+  bool twice = false;  // guidance wants the timesteps again, behind the others
 };
 
 template <class State_, class Output_>
@@ -67,9 +67,8 @@ struct ReverseStepKernel {
     }
     if (next.t == nullptr) return;
     const auto timestep = static_cast<int64_t>(row(following).timestep);
-    for (int64_t copy = 0; copy < next.copies; ++copy) {
-      next.t[(copy * shape.samples + sample) * next.t_stride] = timestep;
-    }
+    next.t[sample * next.t_stride] = timestep;
+    if (next.twice) next.t[(shape.samples + sample) * next.t_stride] = timestep;
   }
 };
 

@@ -184,8 +184,7 @@ bool vectorises(const View<T>& view, const Shape& shape) {
   if (!view.present()) return true;
   const bool aligned =
       reinterpret_cast<uintptr_t>(view.data) % alignof(Vector<std::remove_const_t<T>, kVec>) == 0;
-  const bool rows_aligned = shape.samples == 1 || view.sample_stride % kVec == 0;
-  return view.dense && aligned && rows_aligned && shape.elements() % kVec == 0;
+  return view.dense && aligned && view.sample_stride % kVec == 0 && shape.elements() % kVec == 0;
 }
 
 template <int kVec>
@@ -240,14 +239,14 @@ void run_items(const Kernel& kernel, cudaStream_t stream) {
   }
 }
 
-// A batch of fewer elements is better spread over more threads than each of them is kept busy.
+// A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
 // The same, with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = sizeof(State) < 4 ? 8 : 4;
-  constexpr int kCount = sizeof(State) == 4 ? Body::kVectors : 1;
+  constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
   const Shape& shape = kernel.shape;
   if ((vectorises<kLength>(views, shape) && ...)) {
     const bool many = shape.samples * shape.elements() >= kManyElements;
