@@ -23,10 +23,9 @@ constexpr int64_t kMaxItems = int64_t{1} << 31;
 
 using Divider = at::cuda::detail::IntDivider<unsigned int>;
 
-template <class T, int kVec>
-struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vector {
-  T values[kVec];
-};
+// What one access moves of a vector of kBytes.
+template <int kBytes>
+using Chunk = std::conditional_t<kBytes == sizeof(uint2), uint2, uint4>;
 
 constexpr int kWarp = 32;
 
@@ -58,28 +57,29 @@ struct VectorItem {
 
   template <class T, class C>
   DDPM_HOST_DEVICE void load(const View<T>& view, C (&into)[kVec]) const {
-    using Value = Vector<std::remove_const_t<T>, kLength>;
-    Value vectors[kCount];
+    using Value = std::remove_const_t<T>;
+    using Access = Chunk<sizeof(Value) * kLength>;
+    Value values[kVec];
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      vectors[v] = *reinterpret_cast<const Value*>(at(view) + distance(v * kLength));
+    for (int i = 0; i < kVec; i += sizeof(Access) / sizeof(Value)) {
+      const Access chunk = *reinterpret_cast<const Access*>(at(view) + distance(i));
+      memcpy(static_cast<void*>(values + i), &chunk, sizeof chunk);
     }
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      into[i] = static_cast<C>(vectors[i / kLength].values[i % kLength]);
-    }
+    for (int i = 0; i < kVec; ++i) into[i] = static_cast<C>(values[i]);
   }
 
   template <class T, class C>
   DDPM_HOST_DEVICE void store(const View<T>& view, const C (&from)[kVec]) const {
+    using Access = Chunk<sizeof(T) * kLength>;
+    T values[kVec];
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      Vector<T, kLength> vector;
+    for (int i = 0; i < kVec; ++i) values[i] = static_cast<T>(from[i]);
 #pragma unroll
-      for (int i = 0; i < kLength; ++i) {
-        vector.values[i] = static_cast<T>(from[v * kLength + i]);
-      }
-      *reinterpret_cast<Vector<T, kLength>*>(at(view) + distance(v * kLength)) = vector;
+    for (int i = 0; i < kVec; i += sizeof(Access) / sizeof(T)) {
+      Access chunk;
+      memcpy(&chunk, values + i, sizeof chunk);
+      *reinterpret_cast<Access*>(at(view) + distance(i)) = chunk;
     }
   }
 
@@ -183,7 +183,7 @@ template <int kVec, class T>
 bool vectorises(const View<T>& view, const Shape& shape) {
   if (!view.present()) return true;
   const bool aligned =
-      reinterpret_cast<uintptr_t>(view.data) % alignof(Vector<std::remove_const_t<T>, kVec>) == 0;
+      reinterpret_cast<uintptr_t>(view.data) % sizeof(Chunk<sizeof(T) * kVec>) == 0;
   return view.dense && aligned && view.sample_stride % kVec == 0 && shape.elements() % kVec == 0;
 }
 
