@@ -129,7 +129,7 @@ inline Next next_of(const ReverseStep& a) {
   if (a.next_t) {
     next.t = a.next_t->mutable_data_ptr<int64_t>();
     next.t_stride = a.next_t->stride(0);
-    next.copies = a.next_t->size(0) / a.x_t.size(0);
+    next.twice = a.next_t->size(0) != a.x_t.size(0);
   }
   return next;
 }

@@ -10,7 +10,7 @@ struct ReverseStepBlock {
   static DDPM_INLINE void run(const K& k, const Block& block) {
     using T = typename K::T;
     const int64_t pixels = k.shape.pixels;
-    const StepRow<T> row = k.row(block.sample);
+    const StepRow<T> row = k.row(k.step[block.sample]);
     T x_buffer[kBlock], out_buffer[kBlock], extra_buffer[kBlock], noise_buffer[kBlock];
     T xstart[kBlock], mean_buffer[kBlock];
 
