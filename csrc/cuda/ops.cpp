@@ -36,6 +36,7 @@ TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) {
   m.impl("reverse_step.out", &ReverseStepForms<Backend>::out);
   m.impl("q_sample", &QSampleForms<Backend>::given);
   m.impl("q_sample.drawn", &QSampleForms<Backend>::drawn);
+  m.impl("q_sample.out", &QSampleForms<Backend>::out);
   m.impl("philox_normal", &PhiloxForms<Backend>::normal);
   m.impl("philox", &PhiloxForms<Backend>::words);
 }
