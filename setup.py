@@ -131,6 +131,14 @@ def find_torch() -> bool:
     return True
 
 
+def source_files(with_cuda: bool) -> list[str]:
+    """What is compiled into ddpm_fast._C."""
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+    if with_cuda:
+        patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
+    return sorted(str(path.relative_to(ROOT)) for each in patterns for path in ROOT.glob(each))
+
+
 def extension(toolkit: Toolkit | None) -> Any:
     """ddpm_fast._C, with CUDA kernels where a toolkit is given."""
     macros: list[tuple[str, str | None]] = []
@@ -145,14 +153,12 @@ def extension(toolkit: Toolkit | None) -> Any:
         ]
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if toolkit else [])]
-    sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # A product is rounded before it is added, on every backend, so that the backends agree.
     cxx = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *openmp]
     return (CUDAExtension if toolkit else CppExtension)(
         "ddpm_fast._C",
-        sorted(str(path.relative_to(ROOT)) for path in sources),
+        source_files(with_cuda=toolkit is not None),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--fmad=false"]},

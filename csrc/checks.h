@@ -147,13 +147,16 @@ inline void check_scale(const Argument& a, const Argument& like, const Argument&
       a.tensor.sizes());
 }
 
+inline Index index_of(const Tensor& t) {
+  return {t.const_data_ptr<int64_t>(), t.dim() == 0 ? 0 : t.stride(0)};
+}
+
 // Only indices that lie on the host can be read without making it wait for a device, whose kernel
 // asserts the range instead.
 inline void check_range(const Argument& index, const Argument& rows) {
   if (!index.tensor.is_cpu()) return;
-  const Tensor flat = index.tensor.contiguous();
-  const int64_t* values = flat.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < flat.numel(); ++i) {
+  const Index values = index_of(index.tensor);
+  for (int64_t i = 0; i < index.tensor.numel(); ++i) {
     TORCH_CHECK_INDEX(0 <= values[i] && values[i] < rows.tensor.size(0), index, " must lie in [0, ",
                       rows.tensor.size(0) - 1, "]; got ", values[i]);
   }
@@ -186,8 +189,11 @@ inline bool same_view(const Tensor& a, const Tensor& b) {
 
 // The addresses that a tensor spans, gaps included.
 inline std::pair<const char*, const char*> span(const Tensor& t) {
-  int64_t last = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  int64_t last = t.numel() - 1;
+  if (!t.is_contiguous()) {
+    last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  }
   const char* first = static_cast<const char*>(t.const_data_ptr());
   return {first, first + (last + 1) * t.element_size()};
 }
@@ -203,6 +209,7 @@ inline void check_no_overlap(const Argument& written, const Argument& other,
 
 // Whether each dimension steps over all that the dimensions of smaller strides span.
 inline bool elements_are_apart(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
@@ -240,9 +247,9 @@ inline void check_next_input(const Argument& a, const Argument& like) {
   check_apart(a);
 }
 
-inline void check_next_step(const Argument& a, const Argument& step) {
+inline void check_next_step(const Argument& a, const Argument& step, const Argument& like) {
   check_dtype(a, at::kLong);
-  check_device(a, step);
+  check_device(a, like);
   check_same_shape(a, step);
   check_apart(a);
 }
@@ -305,10 +312,6 @@ inline AnyView any_view_of(const OptionalTensor& t, const Shape& shape) {
   const auto view = view_of<char>(*t, shape);
   return {view.data,         view.sample_stride, view.channel_stride,
           view.pixel_stride, view.dense,         dtype_of(*t)};
-}
-
-inline Index index_of(const Tensor& t) {
-  return {t.const_data_ptr<int64_t>(), t.dim() == 0 ? 0 : t.stride(0)};
 }
 
 inline Index index_of(const OptionalTensor& t) { return t ? index_of(*t) : Index{}; }

@@ -2,10 +2,12 @@
 // specified by ddpm_fast/reference.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <map>
+#include <optional>
 #include <string>
 
 #include "philox.h"
@@ -33,6 +35,9 @@ TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "q_sample.drawn(Tensor x_start, Tensor t, Tensor rows, Tensor seed, Tensor sample_index) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "q_sample.out(Tensor x_start, Tensor t, Tensor rows, Tensor? noise, Tensor? seed, "
+      "Tensor? sample_index, Tensor(a!) x_t, Tensor(b!)? drawn_noise) -> ()");
   m.def(
       "philox_normal(SymInt[] size, Tensor seed, Tensor sample_index, Tensor timestep, "
       "int stream, ScalarType dtype) -> Tensor");
@@ -65,9 +70,34 @@ std::map<std::string, std::string> build_info() {
           {"noise_layout", std::to_string(ddpm_fast::kNoiseLayoutVersion)}};
 }
 
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// reverse_step_, all but the model_output that it is called with settled. A call through
+// torch.ops converts fourteen arguments, which counts between two calls of a small network.
+py::cpp_function bound_reverse_step(Tensor x_t, Tensor rows, Tensor step, OptionalTensor noise,
+                                    OptionalTensor seed, OptionalTensor sample_index,
+                                    OptionalTensor x0_prev, OptionalTensor guidance_scale,
+                                    std::optional<double> clip, OptionalTensor pred_xstart,
+                                    OptionalTensor next_input, OptionalTensor next_step,
+                                    OptionalTensor next_t) {
+  using Op = void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                  const OptionalTensor&, std::optional<double>, const OptionalTensor&,
+                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
+  const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ddpm_fast::reverse_step_", "").typed<Op>();
+  return [=](const Tensor& model_output) mutable {
+    const py::gil_scoped_release no_gil;
+    op.call(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip,
+            pred_xstart, next_input, next_step, next_t);
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of ddpm_fast; importing it registers torch.ops.ddpm_fast.";
   m.def("build_info", &build_info, "What the extension was compiled against and with.");
+  m.def("bound_reverse_step", &bound_reverse_step, "See ddpm_fast.ops.bound_reverse_step.");
 }

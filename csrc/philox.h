@@ -33,8 +33,8 @@ struct Normals {
 
 DDPM_HOST_DEVICE Words philox4x32_10(Words counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxFactor0) * counter.x;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxFactor1) * counter.z;
+    const uint64_t product0 = multiply_words(kPhiloxFactor0, counter.x);
+    const uint64_t product1 = multiply_words(kPhiloxFactor1, counter.z);
     counter = {
         static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0, static_cast<uint32_t>(product1),
         static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1, static_cast<uint32_t>(product0)};
@@ -85,7 +85,7 @@ DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
   const float high = exponent * -0x1.62e4p+0f;
   const float sum = fma(-2.0f, f, high);
   const float error = fma(-2.0f, f, high - sum);
-  return std::sqrt(sum + (fma(exponent, -0x1.7f7d1cp-19f, error) + tail));
+  return square_root(sum + (fma(exponent, -0x1.7f7d1cp-19f, error) + tail));
 }
 
 // cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.
@@ -105,9 +105,11 @@ DDPM_HOST_DEVICE void box_muller_direction(uint32_t word, float& cosine, float& 
   c = fma(c, y2, 0x1.03c1aep-2f);
   c = fma(c, y2, -0x1.3bd3ccp+0f);
   c = fma(c, y2, 1.0f);
-  const bool odd = static_cast<int32_t>(quadrant << 1) < 0;
+  // A quarter turn ahead of the sine: the signs differ where the quadrant is odd.
+  const uint32_t next_quadrant = quadrant + (1u << 30);
+  const bool odd = static_cast<int32_t>(quadrant ^ next_quadrant) < 0;
   const uint32_t sign = 1u << 31;
-  cosine = float_from_bits(float_bits(odd ? s : c) ^ ((quadrant + (1u << 30)) & sign));
+  cosine = float_from_bits(float_bits(odd ? s : c) ^ (next_quadrant & sign));
   sine = float_from_bits(float_bits(odd ? c : s) ^ (quadrant & sign));
 }
 

@@ -26,6 +26,30 @@ DDPM_HOST_DEVICE float fma(float a, float b, float c) {
 #endif
 }
 
+// The square root, correctly rounded, of 0 or of a number above 2^-75. On the device these are the
+// steps of sqrt.rn, without its branch to what else there is: nothing can be moved across that.
+DDPM_HOST_DEVICE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float reciprocal;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x + 0x1p-100f));
+  const float root = x * reciprocal;
+  return fmaf(fmaf(-root, root, x), 0.5f * reciprocal, root);
+#else
+  return std::sqrt(x);
+#endif
+}
+
+// nvcc would rather multiply 64 by 64 bits.
+DDPM_HOST_DEVICE uint64_t multiply_words(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 DDPM_HOST_DEVICE int32_t float_bits(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);

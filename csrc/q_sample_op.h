@@ -1,5 +1,9 @@
 // q_sample: x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise, Ho et al. 2020, eq. 4, with the
 // noise given, or drawn in the kernel and returned as the training target.
+//
+//   functional  x_t = q_sample(x_start, t, rows, noise)
+//               x_t, noise = q_sample.drawn(x_start, t, rows, seed, sample_index)
+//   out         q_sample.out(..., x_t, drawn_noise)
 #pragma once
 
 #include "checks.h"
@@ -19,7 +23,9 @@ struct QSample {
   const Tensor &noise, &x_t;
 };
 
-inline void check_inputs(const Tensor& x, const Tensor& t, const Tensor& rows) {
+inline void check_inputs(const Tensor& x, const Tensor& t, const Tensor& rows,
+                         const OptionalTensor& noise, const OptionalTensor& seed,
+                         const OptionalTensor& sample_index) {
   const char* op = "q_sample";
   const Argument x_start{op, "x_start", x};
   check_floating(x_start);
@@ -28,6 +34,24 @@ inline void check_inputs(const Tensor& x, const Tensor& t, const Tensor& rows) {
   check_rows({op, "rows", rows}, x_start, kForwardRowLength);
   check_index({op, "t", t}, x_start, true);
   check_range({op, "t", t}, {op, "rows", rows});
+  check_noise_source(x_start, noise, seed, sample_index);
+  if (noise) check_like({op, "noise", *noise}, x_start);
+}
+
+inline void check_outputs(const Tensor& x, const OptionalTensor& noise, const Tensor& noised,
+                          const OptionalTensor& drawn) {
+  const char* op = "q_sample";
+  const Argument x_start{op, "x_start", x}, x_t{op, "x_t", noised};
+  TORCH_CHECK_VALUE(noise.has_value() != drawn.has_value(), op,
+                    ": give noise, or drawn_noise to write it into");
+  check_output(x_t, x_start);
+  check_no_overlap(x_t, x_start, true);
+  if (noise) check_no_overlap(x_t, {op, "noise", *noise}, true);
+  if (!drawn) return;
+  const Argument drawn_noise{op, "drawn_noise", *drawn};
+  check_output(drawn_noise, x_start);
+  check_no_overlap(drawn_noise, x_start, false);
+  check_no_overlap(drawn_noise, x_t, false);
 }
 
 template <class State>
@@ -58,8 +82,7 @@ struct QSampleForms {
 
   static Tensor given(const Tensor& x_start, const Tensor& t, const Tensor& rows,
                       const Tensor& noise) {
-    check_inputs(x_start, t, rows);
-    check_like({"q_sample", "noise", noise}, {"q_sample", "x_start", x_start});
+    check_inputs(x_start, t, rows, noise, {}, {});
     const Tensor x_t = at::empty_like(x_start);
     launch({x_start, t, rows, {}, {}, noise, x_t});
     return x_t;
@@ -68,11 +91,21 @@ struct QSampleForms {
   static std::tuple<Tensor, Tensor> drawn(const Tensor& x_start, const Tensor& t,
                                           const Tensor& rows, const Tensor& seed,
                                           const Tensor& sample_index) {
-    check_inputs(x_start, t, rows);
-    check_noise_source({"q_sample", "x_start", x_start}, {}, seed, sample_index);
+    check_inputs(x_start, t, rows, {}, seed, sample_index);
     const Tensor x_t = at::empty_like(x_start), noise = at::empty_like(x_start);
     launch({x_start, t, rows, seed, sample_index, noise, x_t});
     return {x_t, noise};
+  }
+
+  static void out(const Tensor& x_start, const Tensor& t, const Tensor& rows,
+                  const OptionalTensor& noise, const OptionalTensor& seed,
+                  const OptionalTensor& sample_index, const Tensor& x_t,
+                  const OptionalTensor& drawn_noise) {
+    check_inputs(x_start, t, rows, noise, seed, sample_index);
+    check_outputs(x_start, noise, x_t, drawn_noise);
+    launch({x_start, t, rows, seed, sample_index, noise ? *noise : *drawn_noise, x_t});
+    mark_written(x_t);
+    if (drawn_noise) mark_written(*drawn_noise);
   }
 };
 

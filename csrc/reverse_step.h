@@ -25,7 +25,7 @@ struct GuidanceScale {
 struct Next {
   int64_t *step = nullptr, *t = nullptr;
   int64_t step_stride = 0, t_stride = 0;
-  int64_t copies = 1;  // of t: guidance asks the network twice for each sample
+  bool twice = false;  // guidance wants the timesteps again, behind the others
 };
 
 template <class State_, class Output_>
@@ -49,8 +49,8 @@ struct ReverseStepKernel {
   NoiseSource source;
   Next next;
 
-  DDPM_HOST_DEVICE StepRow<T> row(int64_t sample) const {
-    return *reinterpret_cast<const StepRow<T>*>(rows + step[sample] * kRowLength);
+  DDPM_HOST_DEVICE const StepRow<T>& row(int64_t number) const {
+    return *reinterpret_cast<const StepRow<T>*>(rows + number * kRowLength);
   }
   DDPM_HOST_DEVICE bool draws_noise(const StepRow<T>& row) const {
     return source.present() && row.sigma != T(0);
@@ -66,10 +66,9 @@ struct ReverseStepKernel {
       next.step[sample * next.step_stride] = following;
     }
     if (next.t == nullptr) return;
-    const T timestep = reinterpret_cast<const StepRow<T>*>(rows + following * kRowLength)->timestep;
-    for (int64_t copy = 0; copy < next.copies; ++copy) {
-      next.t[(copy * shape.samples + sample) * next.t_stride] = static_cast<int64_t>(timestep);
-    }
+    const auto timestep = static_cast<int64_t>(row(following).timestep);
+    next.t[sample * next.t_stride] = timestep;
+    if (next.twice) next.t[(shape.samples + sample) * next.t_stride] = timestep;
   }
 };
 

@@ -98,7 +98,7 @@ inline void check_outputs(const ReverseStep& a) {
   }
   if (a.next_step) {
     const Argument next_step{op, "next_step", *a.next_step};
-    check_next_step(next_step, {op, "step", a.step});
+    check_next_step(next_step, {op, "step", a.step}, x_t);
     check_no_overlap(next_step, {op, "step", a.step}, false);
     if (a.seed) check_no_overlap(next_step, {op, "seed", *a.seed}, false);
     if (a.seed) check_no_overlap(next_step, {op, "sample_index", *a.sample_index}, false);
@@ -129,7 +129,7 @@ inline Next next_of(const ReverseStep& a) {
   if (a.next_t) {
     next.t = a.next_t->mutable_data_ptr<int64_t>();
     next.t_stride = a.next_t->stride(0);
-    next.copies = a.next_t->size(0) / a.x_t.size(0);
+    next.twice = a.next_t->size(0) != a.x_t.size(0);
   }
   return next;
 }

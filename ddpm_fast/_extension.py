@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,16 +51,16 @@ def explain_mismatch(record: Mapping[str, str], torch_version: str, torch_cuda: 
     return f"the extension was compiled against {name(*built)}, but this is {name(*running)}"
 
 
-def _load() -> tuple[dict[str, str], str | None]:
-    """Import ``_C``; give its build_info() and, in one sentence, what is missing."""
+def _load() -> tuple[Any, dict[str, str], str | None]:
+    """Import ``_C``; give it, its build_info() and, in one sentence, what is missing."""
     switch = os.environ.get("DDPM_FAST_EXTENSION", "auto")
     if switch not in ("auto", "off"):
         raise ValueError(f"DDPM_FAST_EXTENSION must be one of auto, off; got {switch!r}")
     if switch == "off":
-        return {}, "the extension is hidden by DDPM_FAST_EXTENSION=off"
+        return None, {}, "the extension is hidden by DDPM_FAST_EXTENSION=off"
     found = find_spec("ddpm_fast._C")
     if found is None or found.origin is None:
-        return {}, f"ddpm_fast was installed without its extension; {_remedy('cpu')}"
+        return None, {}, f"ddpm_fast was installed without its extension; {_remedy('cpu')}"
     record_path = Path(found.origin).with_suffix(".json")
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -67,17 +68,18 @@ def _load() -> tuple[dict[str, str], str | None]:
     except (OSError, ValueError, TypeError, KeyError):
         mismatch = f"the extension lacks the record of its build, {record_path.name}"
     if mismatch:
-        return {}, f"{mismatch}; {_remedy()}"
+        return None, {}, f"{mismatch}; {_remedy()}"
     try:
-        info: dict[str, str] = import_module("ddpm_fast._C").build_info()
+        module = import_module("ddpm_fast._C")
+        info: dict[str, str] = module.build_info()
     except ImportError as error:
-        return {}, f"the extension does not load ({error}); {_remedy()}"
+        return None, {}, f"the extension does not load ({error}); {_remedy()}"
     if torch.version.cuda and not info["cuda"]:
-        return info, f"the extension was built without CUDA kernels; {_remedy('cuda')}"
-    return info, None
+        return module, info, f"the extension was built without CUDA kernels; {_remedy('cuda')}"
+    return module, info, None
 
 
-build_info, reason = _load()
+module, build_info, reason = _load()
 native_devices: frozenset[str] = frozenset(
     [] if not build_info else ["cpu", "cuda"] if build_info["cuda"] else ["cpu"]
 )

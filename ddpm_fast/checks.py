@@ -257,10 +257,10 @@ def check_next_input(a: Argument, like: Argument) -> None:
     _check_apart(a)
 
 
-def check_next_step(a: Argument, step: Argument) -> None:
+def check_next_step(a: Argument, step: Argument, like: Argument) -> None:
     """Like the step index."""
     check_dtype(a, torch.int64)
-    check_device(a, step)
+    check_device(a, like)
     check_same_shape(a, step)
     _check_apart(a)
 

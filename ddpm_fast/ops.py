@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "ROW",
     "STREAMS",
+    "bound_reverse_step",
     "compute_dtype",
     "philox",
     "philox_normal",
@@ -175,7 +176,8 @@ def reverse_step(
             next_t=next_t,
         )
     inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip
-    if out is pred_xstart is next_input is next_step is next_t is None:
+    writes = not (out is pred_xstart is next_input is next_step is next_t is None)
+    if not writes and _want_gradient(x_t, model_output, noise, x0_prev):
         x_prev: Tensor = _native.reverse_step.default(x_t, *inputs)
         return x_prev
     written = pred_xstart, next_input, next_step, next_t
@@ -185,6 +187,26 @@ def reverse_step(
     out = torch.empty_like(x_t) if out is None else out
     _native.reverse_step.out(x_t, *inputs, out, *written)
     return out
+
+
+def bound_reverse_step(
+    x_t: Tensor, rows: Tensor, step: Tensor, *, backend: str = "auto", **options: Any
+) -> Callable[[Tensor], object]:
+    """:func:`reverse_step` in place, all but the ``model_output`` that it is called with settled.
+
+    Between two calls of a small network, what Python does here counts. ``options`` are those of
+    :func:`reverse_step`, ``clip`` included; errors come at the call.
+    """
+    if not serves_natively(x_t.device, backend):
+        return lambda model_output: reference.reverse_step(
+            x_t, model_output, rows, step, **options, out=x_t
+        )
+    given = [options.pop(name, None) for name in (*_SOURCES, *_NEXT)]
+    assert not options, options
+    bound: Callable[[Tensor], object] = _extension.module.bound_reverse_step(
+        x_t, rows, step, *given
+    )
+    return bound
 
 
 def q_sample(
@@ -222,10 +244,24 @@ def q_sample(
         return reference.q_sample(
             x_start, t, rows, noise=noise, seed=seed, sample_index=sample_index
         )
+    if not _want_gradient(x_start, noise):
+        x_t = torch.empty_like(x_start)
+        drawn = torch.empty_like(x_start) if noise is None else None
+        _native.q_sample.out(x_start, t, rows, noise, seed, sample_index, x_t, drawn)
+        noise = drawn if noise is None else noise
+        assert noise is not None
+        return x_t, noise
     if noise is not None:
-        return _native.q_sample(x_start, t, rows, noise), noise
+        return _native.q_sample.default(x_start, t, rows, noise), noise
     x_t, drawn = _native.q_sample.drawn(x_start, t, rows, seed, sample_index)
     return x_t, drawn.detach()
+
+
+def _want_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the op. It is written in Python, at some 10 us a call."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def philox_normal(
@@ -313,8 +349,9 @@ def _empty_words(counter: Tensor, key: Tensor) -> Tensor:
     return torch.empty_like(counter, memory_format=torch.contiguous_format)
 
 
-_DRAWN = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
-_STEP = ("x_t", "model_output", "rows", "step", *_DRAWN)
+_SOURCES = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
+_STEP = ("x_t", "model_output", "rows", "step", *_SOURCES)
+_NOISING = ("x_start", "t", "rows", "noise", "seed", "sample_index")
 _NEXT = ("pred_xstart", "next_input", "next_step", "next_t")
 
 # Each native op: the names of its arguments, and the shape of what it returns.
@@ -324,6 +361,7 @@ _OPS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "reverse_step.out": ((*_STEP, "out", *_NEXT), _nothing),
     "q_sample": (("x_start", "t", "rows", "noise"), _like_first),
     "q_sample.drawn": (("x_start", "t", "rows", "seed", "sample_index"), _two_like_first),
+    "q_sample.out": ((*_NOISING, "x_t", "drawn_noise"), _nothing),
     "philox_normal": (("shape", "the result", "sample_index", "timestep"), _empty_normals),
     "philox": (("counter", "key"), _empty_words),
 }

@@ -307,7 +307,7 @@ def _check_next(
     others = [Argument(op, name, tensor) for name, tensor in read.items() if tensor is not None]
     if next_step is not None:
         argument = Argument(op, "next_step", next_step)
-        checks.check_next_step(argument, others[0])
+        checks.check_next_step(argument, others[0], Argument(op, "x_t", x))
         for other in others:
             checks.check_no_overlap(argument, other, same_view_allowed=False)
         others.append(argument)

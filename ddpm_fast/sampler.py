@@ -229,7 +229,6 @@ class Sampler:
         self.backend = backend
         self.precision = precision
         self.guided = guidance_scale is not None
-        self.draws_noise = self.table.draws_noise
         self.network = torch.compile(model) if compile else model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uncapturable = False
@@ -239,6 +238,10 @@ class Sampler:
         self.guidance_scale: Tensor | None = None
         if guidance_scale is not None:
             self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
+        self._advance = [
+            ops.bound_reverse_step(self.x, self.rows, index, **self._options(turn))
+            for turn, index in enumerate(self.step_index)
+        ]
 
     def __call__(
         self,
@@ -297,6 +300,8 @@ class Sampler:
                 (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
             )
         self.model_input = self.x if self.next_input is None else self.next_input
+        first = self.model_input.data_ptr()
+        self._input_memory = range(first, first + self.model_input.nbytes)
         self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
         self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -441,29 +446,33 @@ class Sampler:
     ) -> None:
         """One step: x, and what the network and the kernel are to be called with next."""
         turn = step % _TURNS
-        ops.reverse_step(
-            self.x,
-            self._predict(),
-            self.rows,
-            self.step_index[turn],
-            **self._noise(step, generator),
-            guidance_scale=self.guidance_scale,
-            clip=self.table.clip,
-            out=self.x,
-            pred_xstart=pred_xstart,
-            next_input=self.next_input,
-            next_step=self.step_index[turn - 1],
-            next_t=self.t,
-            backend=self.backend,
-        )
+        if generator is None and pred_xstart is None:
+            self._advance[turn](self._predict())
+            return
+        options = self._options(turn) | {"out": self.x, "pred_xstart": pred_xstart}
+        if generator is not None:
+            options |= self._given_noise(step, generator)
+        ops.reverse_step(self.x, self._predict(), self.rows, self.step_index[turn], **options)
 
-    def _noise(self, step: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        if not self.draws_noise:
-            return {}
-        if generator is None:
-            return {"seed": self.seed, "sample_index": self.sample_index}
+    def _options(self, turn: int) -> dict[str, Any]:
+        """What reverse_step is called with at every other step."""
+        draws = self.table.draws_noise
+        return {
+            "seed": self.seed if draws else None,
+            "sample_index": self.sample_index if draws else None,
+            "guidance_scale": self.guidance_scale,
+            "clip": self.table.clip,
+            "next_input": self.next_input,
+            "next_step": self.step_index[turn - 1],
+            "next_t": self.t,
+            "backend": self.backend,
+        }
+
+    def _given_noise(self, step: int, generator: torch.Generator) -> dict[str, Tensor | None]:
         # The last step has none to draw.
-        return {"noise": self._randn(generator)} if step + 1 < len(self.table) else {}
+        draws = self.table.draws_noise and step + 1 < len(self.table)
+        noise = self._randn(generator) if draws else None
+        return {"noise": noise, "seed": None, "sample_index": None}
 
     def _predict(self) -> Tensor:
         output = self.network(self.model_input, self.t, **self.kwargs)
@@ -474,7 +483,7 @@ class Sampler:
                 f"a {self.diffusion.variance_type} variance needs a model with "
                 f"{2 * self.shape[1]} output channels; got {output.shape[1]}"
             )
-        if _shares_memory(output, self.model_input):
+        if output.data_ptr() in self._input_memory:
             output = output.clone()  # it is about to be overwritten
         return output if output.is_contiguous() or is_walkable(output) else output.contiguous()
 
@@ -502,11 +511,6 @@ def _memory_format(model: Model, dims: int) -> torch.memory_format:
         if weight.dim() == 4 and not weight.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format
-
-
-def _shares_memory(output: Tensor, model_input: Tensor) -> bool:
-    first = model_input.data_ptr()
-    return first <= output.data_ptr() < first + model_input.numel() * model_input.element_size()
 
 
 def _addresses(model: Model) -> list[int]:

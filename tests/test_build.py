@@ -148,6 +148,19 @@ def test_architectures_that_nvcc_knows(
     assert setup_py.architecture_list(toolkit) == "9.0a"
 
 
+def test_every_source_is_compiled(setup_py: ModuleType) -> None:
+    """Those of csrc/cuda for CUDA alone, its host code as well as its kernels."""
+    present = sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".cu")
+    )
+    in_cuda = [name for name in present if name.startswith("csrc/cuda/")]
+    assert {Path(name).suffix for name in in_cuda} == {".cpp", ".cu"}
+    assert setup_py.source_files(with_cuda=True) == present
+    assert setup_py.source_files(with_cuda=False) == sorted(set(present) - set(in_cuda))
+
+
 @pytest.fixture
 def isolated(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in pip's isolated build environment, torch cannot be imported."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from cases import reverse_step_case
+from cases import reverse_step_case, written_tensors
 from ddpm_fast import ops
 
 Arguments = dict[str, Any]
@@ -21,9 +22,9 @@ def step_arguments() -> Arguments:
 
 
 def drawn_step_arguments() -> Arguments:
-    case = reverse_step_case((2, 3, 4, 4), noise="drawn", x0_prev=True)
+    case = reverse_step_case((2, 3, 4, 4), noise="drawn", x0_prev=True, guided=True)
     names = ("x_t", "model_output", "rows", "step")
-    written = {"out": torch.zeros(2, 3, 4, 4), "pred_xstart": torch.zeros(2, 3, 4, 4)}
+    written = {"out": torch.zeros(2, 3, 4, 4), **written_tensors(case)}
     return dict(zip(names, case.args, strict=True)) | case.kwargs | written
 
 
@@ -76,6 +77,8 @@ def word(change: Callable[[Arguments], Arguments], error: type[Exception], sente
 SEED = {"seed": torch.tensor(0), "sample_index": torch.arange(2)}
 META = torch.zeros(2, 3, 4, 4, device="meta")
 WIDE = torch.zeros(2, 3, 8, 8)
+INDEX = torch.zeros(4, dtype=torch.int64)
+SCALE = torch.ones(1, 1)
 FLAT, SHIFTED = (WIDE.flatten()[i : i + 96].view(2, 3, 4, 4) for i in (0, 5))
 
 CASES = [
@@ -243,6 +246,91 @@ CASES = [
         ValueError,
         "pred_xstart must not overlap the memory of noise",
     ),
+    step(
+        lambda a: {"guidance_scale": SCALE},
+        ValueError,
+        "model_output must have twice the samples of x_t, or twice its channels; "
+        "got [2, 3, 4, 4] and [2, 3, 4, 4]",
+    ),
+    step(
+        lambda a: {"guidance_scale": SCALE.double(), "model_output": torch.zeros(4, 3, 4, 4)},
+        TypeError,
+        "guidance_scale must be float32; got float64",
+    ),
+    step(
+        lambda a: {"guidance_scale": SCALE[0], "model_output": torch.zeros(4, 3, 4, 4)},
+        ValueError,
+        "guidance_scale must have shape [1 or 5, 1 or 2]; got [1]",
+    ),
+    step(
+        lambda a: {"guidance_scale": torch.ones(2, 2), "model_output": torch.zeros(4, 3, 4, 4)},
+        ValueError,
+        "guidance_scale must have shape [1 or 5, 1 or 2]; got [2, 2]",
+    ),
+    step(
+        lambda a: {"next_input": INDEX},
+        TypeError,
+        "next_input must be float32, float64, bfloat16 or float16; got int64",
+    ),
+    step(
+        lambda a: {"next_input": a["x_t"].double()},
+        TypeError,
+        "next_input and x_t must both be float64, or neither; got float64 and float32",
+    ),
+    step(
+        lambda a: {"next_input": torch.zeros(3, 3, 4, 4)},
+        ValueError,
+        "next_input must have the shape of x_t, or twice its samples; "
+        "got [3, 3, 4, 4] and [2, 3, 4, 4]",
+    ),
+    step(
+        lambda a: {"next_input": torch.zeros(1, 3, 4, 4).expand(4, -1, -1, -1)},
+        ValueError,
+        "next_input must not share memory among its elements; got strides [0, 16, 4, 1]",
+    ),
+    step(
+        lambda a: {"next_input": a["x_t"]},
+        ValueError,
+        "next_input must not overlap the memory of x_t",
+    ),
+    step(
+        lambda a: {"next_input": a["model_output"]},
+        ValueError,
+        "next_input must not overlap the memory of model_output",
+    ),
+    step(
+        lambda a: {"out": FLAT, "next_input": SHIFTED},
+        ValueError,
+        "next_input must not overlap the memory of out",
+    ),
+    step(lambda a: {"next_step": INDEX[0].int()}, TypeError, "next_step must be int64; got int32"),
+    step(
+        lambda a: {"next_step": INDEX[:2]},
+        ValueError,
+        "next_step must have the shape of step; got [2] and []",
+    ),
+    step(
+        lambda a: {"next_step": a["step"]},
+        ValueError,
+        "next_step must not overlap the memory of step",
+    ),
+    step(
+        lambda a: {"step": INDEX[:2], "next_step": INDEX[:1].expand(2)},
+        ValueError,
+        "next_step must not share memory among its elements; got strides [0]",
+    ),
+    step(
+        lambda a: {"next_step": INDEX[3], "next_t": INDEX},
+        ValueError,
+        "next_t must not overlap the memory of next_step",
+    ),
+    step(lambda a: {"next_t": INDEX[:3]}, ValueError, "next_t must have shape [2] or [4]; got [3]"),
+    step(lambda a: {"next_t": INDEX.float()}, TypeError, "next_t must be int64; got float32"),
+    step(
+        lambda a: {**SEED, "noise": None, "seed": INDEX[1], "next_t": INDEX},
+        ValueError,
+        "next_t must not overlap the memory of seed",
+    ),
     noising(
         lambda a: {"x_start": a["x_start"].int()},
         TypeError,
@@ -322,7 +410,7 @@ def test_sentence(case: Case, backend: str, device: torch.device) -> None:
     assert all(torch.equal(arguments[name], a) for name, a in kept.items())
 
 
-@pytest.mark.parametrize("name", ["out", "pred_xstart"])
+@pytest.mark.parametrize("name", ["out", "pred_xstart", "next_input"])
 def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> None:
     arguments = step_arguments()
     arguments["model_output"].requires_grad_()
@@ -334,7 +422,7 @@ def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> 
         ops.reverse_step(**arguments, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["out", "pred_xstart"])
+@pytest.mark.parametrize("name", ["out", "pred_xstart", "next_input"])
 def test_negated_views_are_not_written(name: str, backend: str) -> None:
     view = torch.zeros(2, 3, 4, 4, dtype=torch.complex64).conj().imag
     with pytest.raises(ValueError) as error:
@@ -382,3 +470,30 @@ def test_devices_are_not_mixed(backend: str, device: torch.device) -> None:
     assert str(error.value) == (
         "reverse_step: model_output must be on the device of x_t; got cpu and cuda:0"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "x_t", "drawn", "sentence"),
+    [
+        ("noise", FLAT, SHIFTED, "give noise, or drawn_noise to write it into"),
+        ("seed", FLAT, None, "give noise, or drawn_noise to write it into"),
+        ("seed", FLAT, FLAT, "drawn_noise must not overlap the memory of x_t"),
+        ("seed", FLAT, SHIFTED, "drawn_noise must not overlap the memory of x_t"),
+        ("seed", FLAT[:, :, :2], None, "give noise, or drawn_noise to write it into"),
+        (
+            "seed",
+            FLAT[:, :, :2],
+            WIDE[1],
+            "x_t must have the shape of x_start; got [2, 3, 2, 4] and [2, 3, 4, 4]",
+        ),
+    ],
+)
+def test_q_sample_writes_into_memory_of_its_own(
+    given: str, x_t: torch.Tensor, drawn: torch.Tensor | None, sentence: str, native: str
+) -> None:
+    """The form without gradients, which the public op calls with new tensors only."""
+    arguments = noising_arguments() if given == "noise" else drawn_noising_arguments()
+    inputs = [arguments.get(name) for name in ("noise", "seed", "sample_index")]
+    x_start, t, rows = (arguments[name] for name in ("x_start", "t", "rows"))
+    with pytest.raises(ValueError, match=f"^{re.escape('q_sample: ' + sentence)}$"):
+        torch.ops.ddpm_fast.q_sample.out(x_start, t, rows, *inputs, x_t, drawn)

@@ -138,6 +138,20 @@ def test_opcheck(drawn: bool, layout: str, grad: bool, device: torch.device, nat
     args[0].requires_grad_(grad)
     op = torch.ops.ddpm_fast.q_sample
     torch.library.opcheck(op.drawn if drawn else op.default, (*args, *kwargs.values()))
+    if not grad:
+        inputs = (kwargs.get(name) for name in ("noise", "seed", "sample_index"))
+        noise = torch.empty_like(args[0]) if drawn else None
+        torch.library.opcheck(op.out, (*args, *inputs, torch.empty_like(args[0]), noise))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_with_and_without_gradients_alike(drawn: bool, device: torch.device, backend: str) -> None:
+    args, kwargs = q_sample_case((2, 3, 4, 5), drawn=drawn, device=device)
+    without = ops.q_sample(*args, **kwargs, backend=backend)
+    args[0].requires_grad_()
+    x_t, noise = ops.q_sample(*args, **kwargs, backend=backend)
+    assert torch.equal(x_t, without[0]) and torch.equal(noise, without[1])
+    assert x_t.requires_grad and not noise.requires_grad
 
 
 def test_opcheck_of_the_noise(device: torch.device, native: str) -> None:

@@ -18,6 +18,9 @@ namespace ddpm_fast::cpu {
 constexpr int kBlock = 1024;
 static_assert(kBlock == kNormalsPerCall * kMostCalls, "a block's normals are drawn at once");
 
+// Its normals are drawn in so many parts.
+constexpr int kParts = 4;
+
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kGrain = 16384;
 
@@ -122,15 +125,38 @@ DDPM_INLINE void store_any(const AnyView& view, const Block& block, int64_t pixe
   }
 }
 
-// The block's normals; the buffer has room for the whole of the last call.
-inline void draw_normals(const NoiseKey& key, const Block& block, float* buffer) {
-  const int calls = (block.size + kNormalsPerCall - 1) / kNormalsPerCall;
-  draw_normals(key, static_cast<uint32_t>(block.first / kNormalsPerCall), calls, buffer);
+// Asks for one of the parts of the block that lies behind this one in memory.
+template <class T>
+DDPM_INLINE void prefetch_next(const View<T>& view, const Block& block, int64_t pixels, int part) {
+  if (!view.present() || !view.dense) return;
+  constexpr int kCacheLine = 64, kBytes = kBlock / kParts * static_cast<int>(sizeof(T));
+  const T* next = view.at(block.sample, block.first, pixels) + block.size;
+  const char* address = reinterpret_cast<const char*>(next) + part * kBytes;
+  for (int byte = 0; byte < kBytes; byte += kCacheLine) DDPM_PREFETCH(address + byte);
 }
 
-DDPM_INLINE void draw_normals(const NoiseKey& key, const Block& block, double* buffer) {
+// The block's normals; the buffer has room for the whole of the last call. As the memory idles
+// meanwhile, it is asked for what the views hold of the next block, a part at a time.
+template <class... Views>
+DDPM_INLINE void draw_normals(const NoiseKey& key, const Block& block, const Shape& shape,
+                              float* buffer, const Views&... views) {
+  constexpr int kCalls = kMostCalls / kParts;
+  const bool last =
+      block.sample + 1 == shape.samples && block.first + block.size == shape.elements();
+  const uint32_t first_call = static_cast<uint32_t>(block.first / kNormalsPerCall);
+  const int calls = (block.size + kNormalsPerCall - 1) / kNormalsPerCall;
+  for (int part = 0, done = 0; done < calls; ++part, done += kCalls) {
+    if (!last) (prefetch_next(views, block, shape.pixels, part), ...);
+    draw_normals(key, first_call + done, std::min(kCalls, calls - done),
+                 buffer + done * kNormalsPerCall);
+  }
+}
+
+template <class... Views>
+DDPM_INLINE void draw_normals(const NoiseKey& key, const Block& block, const Shape& shape,
+                              double* buffer, const Views&... views) {
   float normals[kBlock];
-  draw_normals(key, block, normals);
+  draw_normals(key, block, shape, normals, views...);
   for (int i = 0; i < block.size; ++i) buffer[i] = normals[i];
 }
 

@@ -31,17 +31,20 @@ DDPM_INLINE void draw_words(const NoiseKey& key, uint32_t first_call, int calls,
     keys0[round] = Lane{} + (key.seed_low + round * kPhiloxKeyStep0);
     keys1[round] = Lane{} + (key.seed_high + round * kPhiloxKeyStep1);
   }
-  const Lane factor0 = Lane{} + kPhiloxFactor0, factor1 = Lane{} + kPhiloxFactor1;
-  const Lane low = Lane{} + 0xffffffffu;
+  const Lane factor0 = broadcast<Lane>(kPhiloxFactor0), factor1 = broadcast<Lane>(kPhiloxFactor1);
+  const Lane low = broadcast<Lane>(0xffffffffu);
+  const Lane sample_low = broadcast<Lane>(key.sample_low);
+  const Lane timestep = broadcast<Lane>(key.timestep);
+  const Lane stream_and_sample_high = broadcast<Lane>(key.stream_and_sample_high);
 
   for (int i = 0; i < calls; i += kLanes * kChains) {
     // Only the lower half of a lane counts; what a product leaves in the upper is never read.
     Lane x[kChains], y[kChains], z[kChains], w[kChains];
     for (int c = 0; c < kChains; ++c) {
       x[c] = lane_number + (first_call + i + c * kLanes);
-      y[c] = Lane{} + key.sample_low;
-      z[c] = Lane{} + key.timestep;
-      w[c] = Lane{} + key.stream_and_sample_high;
+      y[c] = sample_low;
+      z[c] = timestep;
+      w[c] = stream_and_sample_high;
     }
     DDPM_UNROLLED
     for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -9,7 +9,8 @@ struct PhiloxNormalBlock {
   template <class K>
   static DDPM_INLINE void run(const K& k, const Block& block) {
     float buffer[kBlock];
-    draw_normals(k.source.key(block.sample, k.timestep[block.sample], k.stream), block, buffer);
+    draw_normals(k.source.key(block.sample, k.timestep[block.sample], k.stream), block, k.shape,
+                 buffer, k.out);
     store(k.out, block, k.shape.pixels, buffer);
   }
 };

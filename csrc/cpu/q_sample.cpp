@@ -17,7 +17,8 @@ struct QSampleBlock {
     const T* x_start = load(k.x_start, block, pixels, x_buffer);
     const T* noise = noise_buffer;
     if (k.source.present()) {
-      draw_normals(k.source.key(block.sample, k.t[block.sample], kForward), block, noise_buffer);
+      draw_normals(k.source.key(block.sample, k.t[block.sample], kForward), block, k.shape,
+                   noise_buffer, k.x_start, k.drawn_noise, k.x_t);
       // x_t must hold the noise that is returned, so what rounds the one rounds the other.
       for (int i = 0; i < block.size; ++i) {
         noise_buffer[i] = static_cast<T>(static_cast<State>(noise_buffer[i]));
@@ -46,6 +47,7 @@ using Forms = QSampleForms<Backend>;
 TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("q_sample", &Forms::given);
   m.impl("q_sample.drawn", &Forms::drawn);
+  m.impl("q_sample.out", &Forms::out);
 }
 
 }  // namespace ddpm_fast::cpu

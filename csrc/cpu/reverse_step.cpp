@@ -10,7 +10,7 @@ struct ReverseStepBlock {
   static DDPM_INLINE void run(const K& k, const Block& block) {
     using T = typename K::T;
     const int64_t pixels = k.shape.pixels;
-    const StepRow<T> row = k.row(block.sample);
+    const StepRow<T> row = k.row(k.step[block.sample]);
     T x_buffer[kBlock], out_buffer[kBlock], extra_buffer[kBlock], noise_buffer[kBlock];
     T xstart[kBlock], mean_buffer[kBlock];
 
@@ -36,7 +36,7 @@ struct ReverseStepBlock {
     if (k.pred_xstart.present()) store(k.pred_xstart, block, pixels, xstart);
     if (k.draws_noise(row)) {
       draw_normals(k.source.key(block.sample, static_cast<int64_t>(row.timestep), kReverse), block,
-                   noise_buffer);
+                   k.shape, noise_buffer, k.x_t, k.model_output, k.out);
       add_noise(k, row, block, noise_buffer, extra_buffer, mean);
     } else if (k.reads_noise(row)) {
       add_noise(k, row, block, load(k.noise, block, pixels, noise_buffer), extra_buffer, mean);

@@ -48,6 +48,12 @@
 #define DDPM_UNROLLED
 #endif
 
+#if defined(__GNUC__)
+#define DDPM_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define DDPM_PREFETCH(address)
+#endif
+
 namespace ddpm_fast::cpu {
 
 #if defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -55,6 +61,15 @@ namespace ddpm_fast::cpu {
 
 template <int kBytes>
 using Lanes __attribute__((vector_size(kBytes))) = uint64_t;
+
+template <class Lane>
+DDPM_INLINE Lane broadcast(uint64_t number) {
+  Lane lanes = Lane{} + number;
+#if defined(__x86_64__)
+  asm("" : "+v"(lanes));  // GCC 12 would fill the lanes anew, one by one, wherever they are used
+#endif
+  return lanes;
+}
 
 // The products of the lanes' lower halves.
 template <class Lane>

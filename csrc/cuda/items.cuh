@@ -1,91 +1,210 @@
-// A batch is cut into items of kVec consecutive elements of one sample, in logical order, an item
-// a thread: 16-byte accesses for float, and for types of half the size with kVec doubled. Where a
-// tensor's layout does not allow whole vectors, the same item is read element by element.
+// A batch is cut into items, an item a thread: a few elements of one sample that are neighbours in
+// logical order, as the noise is drawn for four such at a time. Three kinds of item tell how the
+// layout of the tensors lets a thread reach its elements.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
+#include <c10/macros/Macros.h>
+#include <cuda_runtime_api.h>
 #include <ATen/cuda/detail/IntegerDivider.cuh>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../layout.h"
 #include "../philox.h"
 
 namespace ddpm_fast::cuda {
 
-constexpr int kThreads = 256;
+// Few, so that even a small batch is spread over many multiprocessors.
+constexpr int kThreads = 128;
 
 // Item numbers stay below 2^31, so that a cheap 32-bit division finds an item's sample.
 constexpr int64_t kMaxItems = int64_t{1} << 31;
 
-template <class T>
-constexpr int vector_length() {
-  return sizeof(T) < 4 ? 8 : 4;
-}
+using Divider = at::cuda::detail::IntDivider<unsigned int>;
 
-struct Item {
-  int64_t sample, first;
+// What one access moves of a vector of kBytes.
+template <int kBytes>
+using Chunk = std::conditional_t<kBytes == sizeof(uint2), uint2, uint4>;
+
+constexpr int kWarp = 32;
+
+// kCount vectors of neighbours in memory too, moved in accesses of 16 bytes. Between the vectors of
+// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous.
+template <int kLength, int kCount>
+struct VectorItem {
+  static constexpr int kVec = kLength * kCount;
+  uint32_t sample;
+  int64_t first;
+
+  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
+  static int64_t divisor(const Shape&) { return 1; }
+
+  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape&, Divider)
+      : sample(sample),
+        first((int64_t{number} + (kCount - 1) * int64_t{number / kWarp * kWarp}) * kLength) {}
+
+  // Of element i from the first.
+  static DDPM_HOST_DEVICE constexpr int distance(int i) {
+    return i / kLength * (kWarp * kLength) + i % kLength;
+  }
+
+  DDPM_HOST_DEVICE VectorItem in_variance(const Shape& shape) const {
+    VectorItem item = *this;
+    item.first += shape.elements();
+    return item;
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void load(const View<T>& view, C (&into)[kVec]) const {
+    using Value = std::remove_const_t<T>;
+    using Access = Chunk<sizeof(Value) * kLength>;
+    Value values[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; i += sizeof(Access) / sizeof(Value)) {
+      const Access chunk = *reinterpret_cast<const Access*>(at(view) + distance(i));
+      memcpy(static_cast<void*>(values + i), &chunk, sizeof chunk);
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) into[i] = static_cast<C>(values[i]);
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void store(const View<T>& view, const C (&from)[kVec]) const {
+    using Access = Chunk<sizeof(T) * kLength>;
+    T values[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[i] = static_cast<T>(from[i]);
+#pragma unroll
+    for (int i = 0; i < kVec; i += sizeof(Access) / sizeof(T)) {
+      Access chunk;
+      memcpy(&chunk, values + i, sizeof chunk);
+      *reinterpret_cast<Access*>(at(view) + distance(i)) = chunk;
+    }
+  }
+
+ private:
+  template <class T>
+  DDPM_HOST_DEVICE T* at(const View<T>& view) const {
+    return view.data + sample * view.sample_stride + first;
+  }
+};
+
+// Pixels of one channel. Items are numbered through the channels first, so that in channels_last
+// the threads of a warp touch neighbouring memory, though none of them does by itself.
+struct PixelItem {
+  static constexpr int kVec = kNormalsPerCall;
+  uint32_t sample;
+  int64_t channel, pixel, first;
+
+  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
+  static int64_t divisor(const Shape& shape) { return shape.channels; }
+
+  DDPM_HOST_DEVICE PixelItem(uint32_t sample, uint32_t number, const Shape& shape,
+                             Divider by_channels)
+      : sample(sample) {
+    const auto place = by_channels.divmod(number);
+    channel = place.mod;
+    pixel = int64_t{place.div} * kVec;
+    first = channel * shape.pixels + pixel;
+  }
+
+  static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
+
+  DDPM_HOST_DEVICE PixelItem in_variance(const Shape& shape) const {
+    PixelItem item = *this;
+    item.channel += shape.channels;
+    return item;
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void load(const View<T>& view, C (&into)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) into[i] = static_cast<C>(at(view)[i * view.pixel_stride]);
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void store(const View<T>& view, const C (&from)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) at(view)[i * view.pixel_stride] = static_cast<T>(from[i]);
+  }
+
+ private:
+  template <class T>
+  DDPM_HOST_DEVICE T* at(const View<T>& view) const {
+    return view.data + sample * view.sample_stride + channel * view.channel_stride +
+           pixel * view.pixel_stride;
+  }
+};
+
+// Elements of any sample in any layout, reached one by one; the last item may have fewer.
+struct ElementItem {
+  static constexpr int kVec = kNormalsPerCall;
+  uint32_t sample;
   int size;
+  int64_t first, pixels;
+
+  static int64_t per_sample(const Shape& shape) { return (shape.elements() + kVec - 1) / kVec; }
+  static int64_t divisor(const Shape&) { return 1; }
+
+  DDPM_HOST_DEVICE ElementItem(uint32_t sample, uint32_t number, const Shape& shape, const Divider&)
+      : sample(sample), first(int64_t{number} * kVec), pixels(shape.pixels) {
+    const int64_t left = shape.elements() - first;
+    size = left < kVec ? static_cast<int>(left) : kVec;
+  }
+
+  static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
+
+  DDPM_HOST_DEVICE ElementItem in_variance(const Shape& shape) const {
+    ElementItem item = *this;
+    item.first += shape.elements();
+    return item;
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void load(const View<T>& view, C (&into)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      into[i] = i < size ? static_cast<C>(*view.at(sample, first + i, pixels)) : C(0);
+    }
+  }
+
+  template <class T, class C>
+  DDPM_HOST_DEVICE void store(const View<T>& view, const C (&from)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (i < size) *view.at(sample, first + i, pixels) = static_cast<T>(from[i]);
+    }
+  }
 };
 
-template <class T, int kVec>
-struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vector {
-  T values[kVec];
-};
-
-// Whether every item of the view can be moved as one vector. An absent tensor never stands in the
-// way.
+// Whether every item can be moved as one vector; an absent tensor never stands in the way.
 template <int kVec, class T>
 bool vectorises(const View<T>& view, const Shape& shape) {
   if (!view.present()) return true;
   const bool aligned =
-      reinterpret_cast<uintptr_t>(view.data) % alignof(Vector<std::remove_const_t<T>, kVec>) == 0;
-  const bool rows_aligned = shape.samples == 1 || view.sample_stride % kVec == 0;
-  return view.dense && aligned && rows_aligned && shape.elements() % kVec == 0;
+      reinterpret_cast<uintptr_t>(view.data) % sizeof(Chunk<sizeof(T) * kVec>) == 0;
+  return view.dense && aligned && view.sample_stride % kVec == 0 && shape.elements() % kVec == 0;
 }
 
-template <bool kVectorised, int kVec, class C, class T>
-__device__ __forceinline__ void load(const View<T>& view, const Item& item, int64_t pixels,
-                                     C (&into)[kVec], int64_t skip = 0) {
-  using Value = std::remove_const_t<T>;
-  const int64_t first = item.first + skip;
-  if constexpr (kVectorised) {
-    const auto vector =
-        *reinterpret_cast<const Vector<Value, kVec>*>(view.at(item.sample, first, pixels));
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) into[i] = static_cast<C>(vector.values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      into[i] = i < item.size ? static_cast<C>(*view.at(item.sample, first + i, pixels)) : C(0);
-    }
+template <int kVec>
+bool vectorises(const AnyView& view, const Shape& shape) {
+  switch (view.dtype) {
+    case Dtype::kFloat64:
+      return vectorises<kVec>(view.as<double>(), shape);
+    case Dtype::kFloat32:
+      return vectorises<kVec>(view.as<float>(), shape);
+    default:
+      return vectorises<kVec>(view.as<c10::Half>(), shape);
   }
 }
 
-template <bool kVectorised, int kVec, class C, class T>
-__device__ __forceinline__ void store(const View<T>& view, const Item& item, int64_t pixels,
-                                      const C (&from)[kVec]) {
-  if constexpr (kVectorised) {
-    Vector<T, kVec> vector;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) vector.values[i] = static_cast<T>(from[i]);
-    *reinterpret_cast<Vector<T, kVec>*>(view.at(item.sample, item.first, pixels)) = vector;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (i < item.size) *view.at(item.sample, item.first + i, pixels) = static_cast<T>(from[i]);
-    }
-  }
-}
-
-template <int kVec, class C>
-__device__ __forceinline__ void draw_normals(const NoiseKey& key, const Item& item,
-                                             C (&into)[kVec]) {
-  static_assert(kVec % kNormalsPerCall == 0, "an item starts with a new call");
+template <class Item, class T, int kVec>
+DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&into)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec; i += kNormalsPerCall) {
-    const Normals z = normals(key, static_cast<uint32_t>((item.first + i) / kNormalsPerCall));
+    const int64_t call = (item.first + Item::distance(i)) / kNormalsPerCall;
+    const Normals z = normals(key, static_cast<uint32_t>(call));
     into[i] = z.x;
     into[i + 1] = z.y;
     into[i + 2] = z.z;
@@ -93,49 +212,53 @@ __device__ __forceinline__ void draw_normals(const NoiseKey& key, const Item& it
   }
 }
 
-using Divider = at::cuda::detail::IntDivider<unsigned int>;
-
-template <class Body, bool kVectorised, int kVec, class Kernel>
+template <class Body, class Item, class Kernel>
 __global__ void __launch_bounds__(kThreads)
-    item_kernel(const Kernel kernel, int64_t first_sample, unsigned int items, Divider per_sample) {
-  const unsigned int stride = gridDim.x * kThreads;
-  for (unsigned int i = blockIdx.x * kThreads + threadIdx.x; i < items; i += stride) {
-    const auto place = per_sample.divmod(i);
-    const int64_t first = static_cast<int64_t>(place.mod) * kVec;
-    const int64_t left = kernel.shape.elements() - first;
-    Body::template run<kVectorised, kVec>(
-        kernel, Item{first_sample + place.div, first, static_cast<int>(left < kVec ? left : kVec)});
+    item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
+                Divider divider) {
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= items) return;
+  const auto place = per_sample.divmod(i);
+  Body::run(kernel, Item(first_sample + place.div, place.mod, kernel.shape, divider));
+}
+
+// Runs Body::run(kernel, item) over all items; a batch of more than kMaxItems takes several
+// launches.
+template <class Body, class Item, class Kernel>
+void run_items(const Kernel& kernel, cudaStream_t stream) {
+  const Shape& shape = kernel.shape;
+  const int64_t per_sample = Item::per_sample(shape);
+  const int64_t samples_at_once = kMaxItems / per_sample;
+  for (int64_t first = 0; first < shape.samples; first += samples_at_once) {
+    const int64_t items = std::min(samples_at_once, shape.samples - first) * per_sample;
+    const int64_t blocks = (items + kThreads - 1) / kThreads;
+    item_kernel<Body, Item><<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
+        kernel, static_cast<uint32_t>(first), static_cast<uint32_t>(items),
+        Divider(static_cast<unsigned int>(per_sample)),
+        Divider(static_cast<unsigned int>(Item::divisor(shape))));
   }
 }
 
-// How many blocks the current device can hold at a time.
-inline int64_t resident_blocks() {
-  int device = 0, processors = 0, threads = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
-  return int64_t{processors} * (threads / kThreads);
-}
+// A batch of fewer elements is better spread over more threads than handled by busier ones.
+constexpr int64_t kManyElements = int64_t{1} << 20;
 
-// Runs Body::run<kVectorised, kVec>(kernel, item) over all items of the batch, on the current
-// stream; a batch of more than kMaxItems takes several launches.
-template <class Body, int kVec, class Kernel>
-void for_each_item(const Kernel& kernel, bool vectorised) {
-  const int64_t per_sample = (kernel.shape.elements() + kVec - 1) / kVec;
-  TORCH_CHECK_VALUE(per_sample < kMaxItems, "a sample must have fewer than ", kMaxItems * kVec,
-                    " elements; got ", kernel.shape.elements());
-  const int64_t samples_at_once = kMaxItems / per_sample;
-  const int64_t most_blocks = 4 * resident_blocks();
-  const auto run =
-      vectorised ? item_kernel<Body, true, kVec, Kernel> : item_kernel<Body, false, kVec, Kernel>;
-  for (int64_t first = 0; first < kernel.shape.samples; first += samples_at_once) {
-    const int64_t samples = std::min(samples_at_once, kernel.shape.samples - first);
-    const int64_t items = samples * per_sample;
-    const int64_t blocks = std::min((items + kThreads - 1) / kThreads, most_blocks);
-    run<<<static_cast<unsigned int>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        kernel, first, static_cast<unsigned int>(items),
-        Divider(static_cast<unsigned int>(per_sample)));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+// The same, with the items that suit the layouts of all the views that the body reads or writes.
+template <class Body, class State, class Kernel, class... Views>
+void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
+  constexpr int kLength = sizeof(State) < 4 ? 8 : 4;
+  constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
+  const Shape& shape = kernel.shape;
+  if ((vectorises<kLength>(views, shape) && ...)) {
+    const bool many = shape.samples * shape.elements() >= kManyElements;
+    if (many && shape.elements() % (kWarp * kLength * kCount) == 0) {
+      run_items<Body, VectorItem<kLength, kCount>>(kernel, stream);
+    } else {
+      run_items<Body, VectorItem<kLength, 1>>(kernel, stream);
+    }
+  } else if (shape.pixels % PixelItem::kVec == 0 && (!views.dense || ...)) {
+    run_items<Body, PixelItem>(kernel, stream);
+  } else {
+    run_items<Body, ElementItem>(kernel, stream);
   }
 }
 
