@@ -26,7 +26,6 @@ STYLES = {
     "randn": ("the noise alone: torch.randn", "#000000"),
     "add": ("the memory alone: torch.add", "#000000"),
 }
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 FLOOR_LINES = {"randn": "--", "add": ":"}
 
 plt.rcParams.update(
@@ -147,30 +146,13 @@ def _bars(
     figure, axes = plt.subplots(figsize=(8, 1.1 + 0.24 * count))
     position, names = 0.0, []
     for group, rows in groups.items():
-        axes.annotate(
-            group,
-            (0, position),
-            xytext=(2, 0),
-            textcoords="offset points",
-            va="center",
-            weight="bold",
-            bbox=LABEL_BOX,
-        )
-
+        _label(axes, group, 0, position, weight="bold")
         position += 1
         for row in sorted(rows, key=measure):
             label, colour = STYLES[row["contender"]]
             value = measure(row)
             axes.barh(position, value, height=0.8, color=colour)
-            axes.annotate(
-                f"{value:.1%}" if as_share else f"{value:.3g}×",
-                (value, position),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                bbox=LABEL_BOX,
-            )
+            _label(axes, f"{value:.1%}" if as_share else _times(value), value, position)
             names.append((position, label))
             position += 1
         position += 0.4
@@ -186,12 +168,24 @@ def _bars(
     return figure
 
 
+def _times(value: float) -> str:
+    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+
+
+def _label(axes: Axes, text: str, x: float, y: float, weight: str = "normal") -> None:
+    """A text to the right of a point, on white so that no line runs through it."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        weight=weight,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+
 def _title(axes: Axes, title: str, results: Results) -> None:
     axes.set_title(f"{title}\n", loc="left")
-    axes.text(
-        0,
-        1.02,
-        f"{results.machine}; torch {results.versions['torch']}",
-        transform=axes.transAxes,
-        color="#555555",
-    )
+    machine = f"{results.machine}; torch {results.versions['torch']}"
+    axes.text(0, 1.02, machine, transform=axes.transAxes, color="#555555")

@@ -23,8 +23,10 @@ ROOT = Path(__file__).parent.parent
 CONTENDERS = {
     "textbook": "eager PyTorch, as textbooks write it",
     "in_place": "eager PyTorch, in place",
-    "compiled": "`torch.compile`",
+    "compiled": "`torch.compile`, noise included",
+    "compiled_after_randn": "`torch.compile`, after `torch.randn`",
     "diffusers": "diffusers' `step`",
+    "reference": "ddpm_fast without its extension",
     "randn": "`torch.randn` alone, without the step",
 }
 

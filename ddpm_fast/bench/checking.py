@@ -44,20 +44,21 @@ def check_step(p: StepProblem, step: Step, *, drawn_by: str) -> None:
     """
     torch.manual_seed(SEED)
     x_prev = step().double()
-    if not p.noisy or drawn_by == "unknown":
-        mean = expected_step(p)
-        if p.noisy:
-            check_standard_normal((x_prev - mean) / p.row["sigma"], p.x_t)
-        else:
-            _check_close(x_prev, mean, p.x_t.dtype)
+    if p.noisy and drawn_by == "unknown":
+        check_standard_normal((x_prev - expected_step(p)) / p.row["sigma"], p.x_t)
         return
     samples = _samples_to_compare(p.x_t)
-    if drawn_by == "torch":
+    expected = expected_step(p, samples, **_noise_source(p, samples, drawn_by))
+    _check_close(x_prev[samples], expected, p.x_t.dtype)
+
+
+def _noise_source(p: StepProblem, samples: Tensor, drawn_by: str) -> dict[str, Tensor]:
+    """What makes the reference draw the noise that a contender drew for these samples."""
+    if p.noisy and drawn_by == "torch":
         torch.manual_seed(SEED)
-        source = {"noise": torch.randn_like(p.x_t)[samples].double()}
-    else:
-        source = {k: v[samples] if v.dim() else v for k, v in p.noise_source().items()}
-    _check_close(x_prev[samples], expected_step(p, samples, **source), p.x_t.dtype)
+        return {"noise": torch.randn_like(p.x_t)[samples].double()}
+    source = p.noise_source()
+    return {name: value[samples] if value.dim() else value for name, value in source.items()}
 
 
 def expected_step(p: StepProblem, samples: Tensor | None = None, **source: Any) -> Tensor:
