@@ -5,10 +5,12 @@
 #include <torch/library.h>
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -264,6 +266,17 @@ inline void check_next_t(const Argument& a, const Argument& like) {
                     a.tensor.sizes());
   check_apart(a);
 }
+
+// What is written into has no gradient to carry.
+inline void check_carry_no_gradient(const char* op, std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return;
+  for (const Tensor* t : tensors) {
+    TORCH_CHECK(t == nullptr || !t->requires_grad(), op,
+                ": what is written into carries no gradient, but a tensor requires one");
+  }
+}
+
+inline const Tensor* address_of(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 // Lets autograd notice that a tensor which it has saved is no longer what it was.
 inline void mark_written(const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }

@@ -37,7 +37,7 @@ TORCH_LIBRARY(ddpm_fast, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "q_sample.out(Tensor x_start, Tensor t, Tensor rows, Tensor? noise, Tensor? seed, "
-      "Tensor? sample_index, Tensor(a!) x_t, Tensor(b!)? drawn_noise) -> ()");
+      "Tensor? sample_index, Tensor(a!) out, Tensor(b!)? noise_out) -> ()");
   m.def(
       "philox_normal(SymInt[] size, Tensor seed, Tensor sample_index, Tensor timestep, "
       "int stream, ScalarType dtype) -> Tensor");

@@ -3,7 +3,7 @@
 //
 //   functional  x_t = q_sample(x_start, t, rows, noise)
 //               x_t, noise = q_sample.drawn(x_start, t, rows, seed, sample_index)
-//   out         q_sample.out(..., x_t, drawn_noise)
+//   out         q_sample.out(..., out=, noise_out=)
 #pragma once
 
 #include "checks.h"
@@ -38,20 +38,21 @@ inline void check_inputs(const Tensor& x, const Tensor& t, const Tensor& rows,
   if (noise) check_like({op, "noise", *noise}, x_start);
 }
 
-inline void check_outputs(const Tensor& x, const OptionalTensor& noise, const Tensor& noised,
+inline void check_outputs(const Tensor& x, const OptionalTensor& given, const Tensor& noised,
                           const OptionalTensor& drawn) {
   const char* op = "q_sample";
-  const Argument x_start{op, "x_start", x}, x_t{op, "x_t", noised};
-  TORCH_CHECK_VALUE(noise.has_value() != drawn.has_value(), op,
-                    ": give noise, or drawn_noise to write it into");
-  check_output(x_t, x_start);
-  check_no_overlap(x_t, x_start, true);
-  if (noise) check_no_overlap(x_t, {op, "noise", *noise}, true);
+  const Argument x_start{op, "x_start", x}, out{op, "out", noised};
+  TORCH_CHECK_VALUE(given.has_value() != drawn.has_value(), op,
+                    ": give noise, or noise_out to write it into");
+  check_carry_no_gradient(op, {&x, &noised, address_of(given), address_of(drawn)});
+  check_output(out, x_start);
+  check_no_overlap(out, x_start, true);
+  if (given) check_no_overlap(out, {op, "noise", *given}, true);
   if (!drawn) return;
-  const Argument drawn_noise{op, "drawn_noise", *drawn};
-  check_output(drawn_noise, x_start);
-  check_no_overlap(drawn_noise, x_start, false);
-  check_no_overlap(drawn_noise, x_t, false);
+  const Argument noise_out{op, "noise_out", *drawn};
+  check_output(noise_out, x_start);
+  check_no_overlap(noise_out, x_start, false);
+  check_no_overlap(noise_out, out, false);
 }
 
 template <class State>
@@ -99,13 +100,13 @@ struct QSampleForms {
 
   static void out(const Tensor& x_start, const Tensor& t, const Tensor& rows,
                   const OptionalTensor& noise, const OptionalTensor& seed,
-                  const OptionalTensor& sample_index, const Tensor& x_t,
-                  const OptionalTensor& drawn_noise) {
+                  const OptionalTensor& sample_index, const Tensor& out,
+                  const OptionalTensor& noise_out) {
     check_inputs(x_start, t, rows, noise, seed, sample_index);
-    check_outputs(x_start, noise, x_t, drawn_noise);
-    launch({x_start, t, rows, seed, sample_index, noise ? *noise : *drawn_noise, x_t});
-    mark_written(x_t);
-    if (drawn_noise) mark_written(*drawn_noise);
+    check_outputs(x_start, noise, out, noise_out);
+    launch({x_start, t, rows, seed, sample_index, noise ? *noise : *noise_out, out});
+    mark_written(out);
+    if (noise_out) mark_written(*noise_out);
   }
 };
 

@@ -12,7 +12,6 @@
 #include "dispatch.h"
 #include "reverse_step.h"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -57,19 +56,11 @@ inline void check_inputs(const Tensor& x, const Tensor& output, const Tensor& ro
   TORCH_CHECK_VALUE(!clip || *clip > 0, op, ": clip must be positive, or None; got ", *clip);
 }
 
-// What is written into has no gradient to carry.
-inline void check_carry_no_gradient(const ReverseStep& a) {
-  if (!at::GradMode::is_enabled()) return;
-  bool wanted = a.x_t.requires_grad() || a.model_output.requires_grad() || a.out.requires_grad();
-  for (const OptionalTensor* t : {&a.noise, &a.x0_prev, &a.pred_xstart, &a.next_input}) {
-    wanted = wanted || (*t && (*t)->requires_grad());
-  }
-  TORCH_CHECK(!wanted, "reverse_step: what is written into carries no gradient, but a tensor ",
-              "requires one");
-}
-
 inline void check_outputs(const ReverseStep& a) {
   const char* op = "reverse_step";
+  check_carry_no_gradient(
+      op, {&a.x_t, &a.model_output, &a.out, address_of(a.noise), address_of(a.x0_prev),
+           address_of(a.pred_xstart), address_of(a.next_input)});
   const Argument x_t{op, "x_t", a.x_t}, out{op, "out", a.out};
   check_output(out, x_t);
   check_no_overlap(out, x_t, true);
@@ -226,7 +217,6 @@ struct ReverseStepForms {
     const ReverseStep a{x_t,  model_output, rows,       step,           noise,
                         seed, sample_index, x0_prev,    guidance_scale, clip,
                         out,  pred_xstart,  next_input, next_step,      next_t};
-    check_carry_no_gradient(a);
     check_outputs(a);
     launch(a);
     mark_written(a.out);

@@ -283,3 +283,10 @@ def check_carry_no_gradient(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(
             f"{op}: what is written into carries no gradient, but a tensor requires one"
         )
+
+
+def check_not_negated(op: str, **written: Tensor | None) -> None:
+    """The dispatcher would hand a kernel a copy of a lazily negated view, and drop the result."""
+    for name, tensor in written.items():
+        if tensor is not None and tensor.is_neg():
+            raise ValueError(f"{op}: {name} must not be a lazily negated view")

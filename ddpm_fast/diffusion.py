@@ -133,6 +133,8 @@ class GaussianDiffusion:
         *,
         seed: int | None = None,
         sample_index: Tensor | None = None,
+        out: Tensor | None = None,
+        noise_out: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Diffuse ``x_start`` to timestep ``t``: sqrt(abar_t) x_start + sqrt(1 - abar_t) noise.
@@ -146,6 +148,7 @@ class GaussianDiffusion:
             seed: the run's seed in [0, 2**64); drawn from torch's global generator by default.
             sample_index: int64 ``[N]``, each sample's index in the whole run; 0 ... N - 1 by
                 default. The noise is a function of (seed, sample_index, t, element) alone.
+            out, noise_out: where to write x_t and drawn noise, like ``x_start``.
             backend: ``auto``, ``native`` or ``reference``.
 
         Returns:
@@ -154,22 +157,14 @@ class GaussianDiffusion:
         Raises:
             ValueError, TypeError, IndexError: see :func:`ddpm_fast.ops.q_sample`.
         """
+        source = {"noise": noise, "sample_index": sample_index}
+        if noise is None or seed is not None:
+            source["seed"] = ops.seed_tensor(seed, x_start.device)
+            if sample_index is None:
+                source["sample_index"] = torch.arange(len(x_start), device=x_start.device)
         rows = self._forward_rows_for(x_start)
-        if noise is not None and seed is None:
-            return ops.q_sample(
-                x_start, t, rows, noise=noise, sample_index=sample_index, backend=backend
-            )
-        if sample_index is None:
-            sample_index = torch.arange(len(x_start), device=x_start.device)
-        seed_tensor = ops.seed_tensor(seed, x_start.device)
         return ops.q_sample(
-            x_start,
-            t,
-            rows,
-            noise=noise,
-            seed=seed_tensor,
-            sample_index=sample_index,
-            backend=backend,
+            x_start, t, rows, **source, out=out, noise_out=noise_out, backend=backend
         )
 
     def q_step(self, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:

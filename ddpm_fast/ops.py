@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from . import _extension, reference
-from .checks import Argument, check_device, check_one_source, compute_dtype
+from .checks import (
+    Argument,
+    check_device,
+    check_not_negated,
+    check_one_source,
+    compute_dtype,
+)
 from .reference import (
     ROW,
     STREAMS,
@@ -154,9 +160,7 @@ def reverse_step(
             a device-side assertion, as in PyTorch's own indexing.
         RuntimeError: gradients are asked for through what is written into.
     """
-    for name, x in (("out", out), ("pred_xstart", pred_xstart), ("next_input", next_input)):
-        if x is not None and x.is_neg():
-            raise ValueError(f"reverse_step: {name} must not be a lazily negated view")
+    check_not_negated("reverse_step", out=out, pred_xstart=pred_xstart, next_input=next_input)
     if not serves_natively(x_t.device, backend):
         return reference.reverse_step(
             x_t,
@@ -217,6 +221,8 @@ def q_sample(
     noise: Tensor | None = None,
     seed: Tensor | None = None,
     sample_index: Tensor | None = None,
+    out: Tensor | None = None,
+    noise_out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Forward noising: rows[t, 0] x_start + rows[t, 1] noise, and the noise (Ho et al. eq. 4).
@@ -228,33 +234,44 @@ def q_sample(
         noise: like x_start; instead of it,
         seed, sample_index: int64 ``[]`` or ``[N]``, and ``[N]``: draw the noise in the kernel, a
             function of (seed, sample_index, t, element).
+        out: where to write x_t, like x_start; x_start and the given noise themselves will do.
+        noise_out: where to write drawn noise, like x_start.
         backend: see the module.
 
     Returns:
-        x_t and the noise, like x_start.
+        x_t and the noise: ``out`` and ``noise_out``, or new tensors like x_start.
 
     Raises:
-        ValueError, TypeError, IndexError: as :func:`reverse_step`, and ValueError where there is
-            neither noise nor a seed.
+        ValueError, TypeError, IndexError, RuntimeError: as :func:`reverse_step`, and ValueError
+            where there is neither noise nor a seed.
     """
     if noise is None and seed is None and sample_index is None:
         raise ValueError("q_sample: give noise, or seed and sample_index")
     check_one_source("q_sample", noise, seed, sample_index)
+    check_not_negated("q_sample", out=out, noise_out=noise_out)
     if not serves_natively(x_start.device, backend):
         return reference.q_sample(
-            x_start, t, rows, noise=noise, seed=seed, sample_index=sample_index
+            x_start,
+            t,
+            rows,
+            noise=noise,
+            seed=seed,
+            sample_index=sample_index,
+            out=out,
+            noise_out=noise_out,
         )
-    if not _want_gradient(x_start, noise):
-        x_t = torch.empty_like(x_start)
-        drawn = torch.empty_like(x_start) if noise is None else None
-        _native.q_sample.out(x_start, t, rows, noise, seed, sample_index, x_t, drawn)
-        noise = drawn if noise is None else noise
-        assert noise is not None
-        return x_t, noise
-    if noise is not None:
-        return _native.q_sample.default(x_start, t, rows, noise), noise
-    x_t, drawn = _native.q_sample.drawn(x_start, t, rows, seed, sample_index)
-    return x_t, drawn.detach()
+    if out is noise_out is None and _want_gradient(x_start, noise):
+        if noise is not None:
+            return _native.q_sample.default(x_start, t, rows, noise), noise
+        x_t, drawn = _native.q_sample.drawn(x_start, t, rows, seed, sample_index)
+        return x_t, drawn.detach()
+    out = torch.empty_like(x_start) if out is None else out
+    if noise is None and noise_out is None:
+        noise_out = torch.empty_like(x_start)
+    _native.q_sample.out(x_start, t, rows, noise, seed, sample_index, out, noise_out)
+    noise = noise_out if noise is None else noise
+    assert noise is not None
+    return out, noise
 
 
 def _want_gradient(*tensors: Tensor | None) -> bool:
@@ -361,7 +378,7 @@ _OPS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "reverse_step.out": ((*_STEP, "out", *_NEXT), _nothing),
     "q_sample": (("x_start", "t", "rows", "noise"), _like_first),
     "q_sample.drawn": (("x_start", "t", "rows", "seed", "sample_index"), _two_like_first),
-    "q_sample.out": ((*_NOISING, "x_t", "drawn_noise"), _nothing),
+    "q_sample.out": ((*_NOISING, "out", "noise_out"), _nothing),
     "philox_normal": (("shape", "the result", "sample_index", "timestep"), _empty_normals),
     "philox": (("counter", "key"), _empty_words),
 }

@@ -153,16 +153,19 @@ def q_sample(
     noise: Tensor | None = None,
     seed: Tensor | None = None,
     sample_index: Tensor | None = None,
+    out: Tensor | None = None,
+    noise_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward noising; see :func:`ddpm_fast.ops.q_sample`."""
     _check_q_sample(x_start, t, rows, noise, seed, sample_index)
+    _check_q_sample_outputs(x_start, noise, out, noise_out)
     if seed is not None and sample_index is not None:
         drawn = _normals(x_start.shape, seed, sample_index, t, STREAMS["forward"])
-        noise = torch.empty_like(x_start).copy_(drawn)
+        noise = (torch.empty_like(x_start) if noise_out is None else noise_out).copy_(drawn)
     assert noise is not None
     signal, scale = per_sample(rows, t, x_start)
     mixed = signal * x_start.to(rows.dtype) + scale * noise.to(rows.dtype)
-    return torch.empty_like(x_start).copy_(mixed), noise
+    return (torch.empty_like(x_start) if out is None else out).copy_(mixed), noise
 
 
 def philox_normal(
@@ -337,6 +340,30 @@ def _check_q_sample(
     checks.check_noise_source(x_start, noise, seed, sample_index)
     if noise is not None:
         checks.check_like(Argument(op, "noise", noise), x_start)
+
+
+def _check_q_sample_outputs(
+    x: Tensor, noise: Tensor | None, out: Tensor | None, noise_out: Tensor | None
+) -> None:
+    op = "q_sample"
+    if noise is not None and noise_out is not None:
+        raise ValueError(f"{op}: give noise, or noise_out to write it into")
+    if out is None and noise_out is None:
+        return
+    checks.check_carry_no_gradient(op, x, noise, out, noise_out)
+    x_start = Argument(op, "x_start", x)
+    if out is not None:
+        checks.check_output(Argument(op, "out", out), x_start)
+        checks.check_no_overlap(Argument(op, "out", out), x_start, same_view_allowed=True)
+    if out is not None and noise is not None:
+        given = Argument(op, "noise", noise)
+        checks.check_no_overlap(Argument(op, "out", out), given, same_view_allowed=True)
+    if noise_out is not None:
+        drawn = Argument(op, "noise_out", noise_out)
+        checks.check_output(drawn, x_start)
+        checks.check_no_overlap(drawn, x_start, same_view_allowed=False)
+        if out is not None:
+            checks.check_no_overlap(drawn, Argument(op, "out", out), same_view_allowed=False)
 
 
 def _check_philox(counter: Tensor, key: Tensor) -> None:

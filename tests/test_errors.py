@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -331,6 +330,37 @@ CASES = [
         ValueError,
         "next_t must not overlap the memory of seed",
     ),
+    noising(lambda a: {"noise_out": FLAT}, ValueError, "give noise, or noise_out to write it into"),
+    noising(
+        lambda a: {"out": WIDE},
+        ValueError,
+        "out must have the shape of x_start; got [2, 3, 8, 8] and [2, 3, 4, 4]",
+    ),
+    noising(
+        lambda a: {"x_start": FLAT, "out": SHIFTED},
+        ValueError,
+        "out must not overlap the memory of x_start",
+    ),
+    noising(
+        lambda a: {"noise": FLAT, "out": SHIFTED},
+        ValueError,
+        "out must not overlap the memory of noise",
+    ),
+    noising(
+        lambda a: {**SEED, "noise": None, "noise_out": a["x_start"]},
+        ValueError,
+        "noise_out must not overlap the memory of x_start",
+    ),
+    noising(
+        lambda a: {**SEED, "noise": None, "out": FLAT, "noise_out": FLAT},
+        ValueError,
+        "noise_out must not overlap the memory of out",
+    ),
+    noising(
+        lambda a: {**SEED, "noise": None, "noise_out": FLAT.double()},
+        TypeError,
+        "noise_out must be float32; got float64",
+    ),
     noising(
         lambda a: {"x_start": a["x_start"].int()},
         TypeError,
@@ -422,6 +452,17 @@ def test_gradients_do_not_flow_through_given_memory(name: str, backend: str) -> 
         ops.reverse_step(**arguments, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["out", "noise_out"])
+def test_gradients_do_not_flow_through_given_memory_of_q_sample(name: str, backend: str) -> None:
+    arguments = drawn_noising_arguments() | {name: torch.zeros(2, 3, 4, 4)}
+    arguments["x_start"].requires_grad_()
+    sentence = "q_sample: what is written into carries no gradient, but a tensor requires one"
+    with pytest.raises(RuntimeError, match=f"^{sentence}$"):
+        ops.q_sample(**arguments, backend=backend)
+    with torch.no_grad():
+        ops.q_sample(**arguments, backend=backend)
+
+
 @pytest.mark.parametrize("name", ["out", "pred_xstart", "next_input"])
 def test_negated_views_are_not_written(name: str, backend: str) -> None:
     view = torch.zeros(2, 3, 4, 4, dtype=torch.complex64).conj().imag
@@ -470,30 +511,3 @@ def test_devices_are_not_mixed(backend: str, device: torch.device) -> None:
     assert str(error.value) == (
         "reverse_step: model_output must be on the device of x_t; got cpu and cuda:0"
     )
-
-
-@pytest.mark.parametrize(
-    ("given", "x_t", "drawn", "sentence"),
-    [
-        ("noise", FLAT, SHIFTED, "give noise, or drawn_noise to write it into"),
-        ("seed", FLAT, None, "give noise, or drawn_noise to write it into"),
-        ("seed", FLAT, FLAT, "drawn_noise must not overlap the memory of x_t"),
-        ("seed", FLAT, SHIFTED, "drawn_noise must not overlap the memory of x_t"),
-        ("seed", FLAT[:, :, :2], None, "give noise, or drawn_noise to write it into"),
-        (
-            "seed",
-            FLAT[:, :, :2],
-            WIDE[1],
-            "x_t must have the shape of x_start; got [2, 3, 2, 4] and [2, 3, 4, 4]",
-        ),
-    ],
-)
-def test_q_sample_writes_into_memory_of_its_own(
-    given: str, x_t: torch.Tensor, drawn: torch.Tensor | None, sentence: str, native: str
-) -> None:
-    """The form without gradients, which the public op calls with new tensors only."""
-    arguments = noising_arguments() if given == "noise" else drawn_noising_arguments()
-    inputs = [arguments.get(name) for name in ("noise", "seed", "sample_index")]
-    x_start, t, rows = (arguments[name] for name in ("x_start", "t", "rows"))
-    with pytest.raises(ValueError, match=f"^{re.escape('q_sample: ' + sentence)}$"):
-        torch.ops.ddpm_fast.q_sample.out(x_start, t, rows, *inputs, x_t, drawn)

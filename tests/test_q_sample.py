@@ -145,6 +145,29 @@ def test_opcheck(drawn: bool, layout: str, grad: bool, device: torch.device, nat
 
 
 @pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_where_told(
+    drawn: bool, layout: str, dtype: torch.dtype, device: torch.device, backend: str
+) -> None:
+    """Into given memory, over x_start and over the noise: the same bytes."""
+    args, kwargs = q_sample_case((3, 3, 9, 7), dtype=dtype, drawn=drawn, device=device)
+    expected = ops.q_sample(*args, **kwargs, backend=backend)
+    places = {name: laid_out(torch.full_like(args[0], 7), layout) for name in ("out", "noise_out")}
+    if not drawn:
+        del places["noise_out"]
+    found = ops.q_sample(*args, **kwargs, **places, backend=backend)
+    assert found[0] is places["out"] and found[1] is places.get("noise_out", kwargs.get("noise"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    over = args[0].clone() if drawn else kwargs["noise"].clone()
+    if drawn:
+        ops.q_sample(over, *args[1:], **kwargs, out=over, backend=backend)
+    else:
+        ops.q_sample(*args, noise=over, out=over, backend=backend)
+    assert torch.equal(over, expected[0])
+
+
+@pytest.mark.parametrize("drawn", [False, True])
 def test_with_and_without_gradients_alike(drawn: bool, device: torch.device, backend: str) -> None:
     args, kwargs = q_sample_case((2, 3, 4, 5), drawn=drawn, device=device)
     without = ops.q_sample(*args, **kwargs, backend=backend)

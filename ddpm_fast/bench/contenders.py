@@ -234,8 +234,15 @@ def native_q_sample(p: ForwardProblem) -> Forward:
 
 def _q_sample(p: ForwardProblem, backend: str) -> Forward:
     index = torch.arange(len(p.x_start), device=p.x_start.device)
+    x_t, noise = torch.empty_like(p.x_start), torch.empty_like(p.x_start)
     return lambda: p.diffusion.q_sample(
-        p.x_start, p.t, seed=SEED, sample_index=index, backend=backend
+        p.x_start,
+        p.t,
+        seed=SEED,
+        sample_index=index,
+        out=x_t,
+        noise_out=noise,
+        backend=backend,
     )
 
 
