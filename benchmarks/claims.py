@@ -116,7 +116,8 @@ CLAIMS = [
         1.3,
         at_most=True,
     ),
-    step_claim("against eager, the better form, 3 k", EAGER, SMALL, 3),
+    step_claim("against eager as textbooks write it, 3 k", "textbook", SMALL, 3),
+    step_claim("against eager in place, 3 k", "in_place", SMALL, 3),
     step_claim("against diffusers, 3 k", "diffusers", SMALL, 10),
     Claim(
         "q_sample against eager, 49 k up",

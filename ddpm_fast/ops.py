@@ -60,8 +60,6 @@ def serves_natively(device: torch.device, backend: str = "auto") -> bool:
         ValueError: an unknown backend.
         RuntimeError: ``native`` was asked for, and there is no kernel for the device.
     """
-    if backend == "auto" and device.type in _extension.native_devices:
-        return True
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "reference":
@@ -160,8 +158,15 @@ def reverse_step(
             a device-side assertion, as in PyTorch's own indexing.
         RuntimeError: gradients are asked for through what is written into.
     """
-    check_not_negated("reverse_step", out=out, pred_xstart=pred_xstart, next_input=next_input)
-    if not serves_natively(x_t.device, backend):
+    # What Python does from here on takes as long as the arithmetic of a small batch.
+    if (
+        (out is not None and out.is_neg())
+        or (pred_xstart is not None and pred_xstart.is_neg())
+        or (next_input is not None and next_input.is_neg())
+    ):
+        check_not_negated("reverse_step", out=out, pred_xstart=pred_xstart, next_input=next_input)
+    at_hand = backend == "auto" and x_t.device.type in _extension.native_devices
+    if not at_hand and not serves_natively(x_t.device, backend):
         return reference.reverse_step(
             x_t,
             model_output,
@@ -180,16 +185,18 @@ def reverse_step(
             next_t=next_t,
         )
     inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip
+    if out is x_t:
+        # A compiler knows the ops of torch.ops only.
+        traced = torch.compiler.is_compiling()
+        in_place = _native.reverse_step_.default if traced else _extension.module.reverse_step_
+        in_place(x_t, *inputs, pred_xstart, next_input, next_step, next_t)
+        return x_t
     writes = not (out is pred_xstart is next_input is next_step is next_t is None)
     if not writes and _want_gradient(x_t, model_output, noise, x0_prev):
         x_prev: Tensor = _native.reverse_step.default(x_t, *inputs)
         return x_prev
-    written = pred_xstart, next_input, next_step, next_t
-    if out is x_t:
-        _native.reverse_step_.default(x_t, *inputs, *written)
-        return x_t
     out = torch.empty_like(x_t) if out is None else out
-    _native.reverse_step.out(x_t, *inputs, out, *written)
+    _native.reverse_step.out(x_t, *inputs, out, pred_xstart, next_input, next_step, next_t)
     return out
 
 

@@ -23,11 +23,19 @@ struct ReverseStepBlock {
       out = out_buffer;
     }
     T* mean = target(k.out, block, pixels, mean_buffer);
-    DDPM_INDEPENDENT
-    for (int i = 0; i < block.size; ++i) {
-      const T x = x_t[i], predicted = predict_xstart(row, x, out[i], k.clip);
-      xstart[i] = predicted;
-      mean[i] = step_mean(row, predicted, x, out[i]);
+    if (is_usual(row) && !k.pred_xstart.present()) {
+      DDPM_INDEPENDENT
+      for (int i = 0; i < block.size; ++i) {
+        const T predicted = predict_xstart<true>(row, x_t[i], out[i], k.clip);
+        mean[i] = step_mean<true>(row, predicted, x_t[i], out[i]);
+      }
+    } else {
+      DDPM_INDEPENDENT
+      for (int i = 0; i < block.size; ++i) {
+        const T x = x_t[i], predicted = predict_xstart(row, x, out[i], k.clip);
+        xstart[i] = predicted;
+        mean[i] = step_mean(row, predicted, x, out[i]);
+      }
     }
     if (k.x0_prev.present()) {
       const T* x0_prev = load(k.x0_prev, block, pixels, extra_buffer);
