@@ -54,6 +54,11 @@ class Chain:
     steps: int
     device: str
 
+    @property
+    def patience(self) -> int:
+        """Beside the smallest network a few percent are in question, and its calls vary most."""
+        return 12 if self.network == "three_convolutions" and self.batch == 1 else 3
+
     def __str__(self) -> str:
         return f"{self.network}-{self.batch}-{self.resolution}-{self.device}"
 
@@ -106,7 +111,7 @@ def test_loop(race: Race, chain: Chain, name: str) -> None:
             f"{chain.resolution}x{chain.resolution}, {chain.device}"
         ),
         steps=chain.steps,
-        patience=3,  # a few percent are in question
+        patience=chain.patience,
         op="loop",
         network=chain.network,
         batch=chain.batch,

@@ -10,7 +10,9 @@ struct ReverseStepBlock {
   static DDPM_INLINE void run(const K& k, const Block& block) {
     using T = typename K::T;
     const int64_t pixels = k.shape.pixels;
+    // Copies, as what is written below might else be thought to change them.
     const StepRow<T> row = k.row(k.step[block.sample]);
+    const T clip = k.clip;
     T x_buffer[kBlock], out_buffer[kBlock], extra_buffer[kBlock], noise_buffer[kBlock];
     T xstart[kBlock], mean_buffer[kBlock];
 
@@ -26,13 +28,13 @@ struct ReverseStepBlock {
     if (is_usual(row) && !k.pred_xstart.present()) {
       DDPM_INDEPENDENT
       for (int i = 0; i < block.size; ++i) {
-        const T predicted = predict_xstart<true>(row, x_t[i], out[i], k.clip);
+        const T predicted = predict_xstart<true>(row, x_t[i], out[i], clip);
         mean[i] = step_mean<true>(row, predicted, x_t[i], out[i]);
       }
     } else {
       DDPM_INDEPENDENT
       for (int i = 0; i < block.size; ++i) {
-        const T x = x_t[i], predicted = predict_xstart(row, x, out[i], k.clip);
+        const T x = x_t[i], predicted = predict_xstart(row, x, out[i], clip);
         xstart[i] = predicted;
         mean[i] = step_mean(row, predicted, x, out[i]);
       }
