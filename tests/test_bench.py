@@ -46,7 +46,8 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 
 def test_the_first_call_is_left_out(fake_clock: FakeClock) -> None:
-    assert timing.calls_per_round(fake_clock.call(60.0, 3e-4), CPU) == 3
+    once = timing.BATCH_SECONDS["cpu"] / 3.5
+    assert timing.calls_per_round(fake_clock.call(60.0, once), CPU) == 3
 
 
 @pytest.mark.parametrize(("once", "calls"), [(1.0, 1), (1e-9, timing.MAX_CALLS)])
