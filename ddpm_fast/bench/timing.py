@@ -16,7 +16,8 @@ Call = Callable[[], object]
 Clock = Callable[[], float]
 
 # Calls between two looks at the clock go on for so long that the look itself does not count, on
-# CUDA with its wait for the device, and that each contender finds caches and threads as its own calls leave them.
+# CUDA with its wait for the device, and that each contender finds caches and threads as its own
+# calls leave them.
 BATCH_SECONDS = {"cpu": 2e-2, "cuda": 1e-2}
 MAX_CALLS = 1000
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
