@@ -57,7 +57,7 @@ class Chain:
     @property
     def patience(self) -> int:
         """Beside the smallest network a few percent are in question, and its calls vary most."""
-        return 12 if self.network == "three_convolutions" and self.batch == 1 else 3
+        return 12 if self.network == "three_convolutions" and self.batch == 1 else 8
 
     def __str__(self) -> str:
         return f"{self.network}-{self.batch}-{self.resolution}-{self.device}"
