@@ -238,9 +238,10 @@ class Sampler:
         self.guidance_scale: Tensor | None = None
         if guidance_scale is not None:
             self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
+        self._options = [self._step_options(turn) for turn in range(_TURNS)]
         self._advance = [
-            ops.bound_reverse_step(self.x, self.rows, index, **self._options(turn))
-            for turn, index in enumerate(self.step_index)
+            ops.bound_reverse_step(self.x, self.rows, index, **options)
+            for index, options in zip(self.step_index, self._options, strict=True)
         ]
 
     def __call__(
@@ -449,12 +450,12 @@ class Sampler:
         if generator is None and pred_xstart is None:
             self._advance[turn](self._predict())
             return
-        options = self._options(turn) | {"out": self.x, "pred_xstart": pred_xstart}
+        options = self._options[turn] | {"out": self.x, "pred_xstart": pred_xstart}
         if generator is not None:
             options |= self._given_noise(step, generator)
         ops.reverse_step(self.x, self._predict(), self.rows, self.step_index[turn], **options)
 
-    def _options(self, turn: int) -> dict[str, Any]:
+    def _step_options(self, turn: int) -> dict[str, Any]:
         """What reverse_step is called with at every other step."""
         draws = self.table.draws_noise
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class StepTable:
     clip: float | None
     reads_variance: bool
 
-    @property
+    @cached_property
     def draws_noise(self) -> bool:  # noqa: D102
         return bool((self.rows[:, ROW.index("sigma")] > 0).any())
 
