@@ -149,6 +149,14 @@ inline void check_scale(const Argument& a, const Argument& like, const Argument&
       a.tensor.sizes());
 }
 
+// One number for each sample.
+inline void check_per_sample(const Argument& a, const Argument& like) {
+  check_dtype(a, compute_dtype(like.tensor.scalar_type()));
+  check_device(a, like);
+  TORCH_CHECK_VALUE(a.tensor.dim() == 1 && a.tensor.size(0) == like.tensor.size(0), a,
+                    " must have shape [", like.tensor.size(0), "]; got ", a.tensor.sizes());
+}
+
 inline Index index_of(const Tensor& t) {
   return {t.const_data_ptr<int64_t>(), t.dim() == 0 ? 0 : t.stride(0)};
 }

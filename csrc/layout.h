@@ -43,6 +43,24 @@ struct AnyView {
   DDPM_HOST_DEVICE View<T> as() const {
     return {static_cast<T*>(data), sample_stride, channel_stride, pixel_stride, dense};
   }
+
+  // Calls f with a view of the type that is stored. Numbers computed as T are double if stored as
+  // double, and only then.
+  template <class T, class F>
+  DDPM_HOST_DEVICE void visit(const F& f) const {
+    if constexpr (std::is_same_v<T, double>) {
+      f(as<double>());
+    } else {
+      switch (dtype) {
+        case Dtype::kBFloat16:
+          return f(as<c10::BFloat16>());
+        case Dtype::kFloat16:
+          return f(as<c10::Half>());
+        default:
+          return f(as<float>());
+      }
+    }
+  }
 };
 
 }  // namespace ddpm_fast

@@ -6,8 +6,9 @@
 
 namespace ddpm_fast {
 
-// What a run of numbers is for; ddpm_fast.reference.STREAMS names the same.
-enum Stream : int64_t { kInitial = 0, kReverse = 1, kForward = 2 };
+// What a run of numbers is for; ddpm_fast.reference.STREAMS names the same. Which of them a reverse
+// step draws from, its row tells: a step that is taken again draws from kResampled and up.
+enum Stream : int64_t { kInitial = 0, kReverse = 1, kForward = 2, kResampled = 3 };
 
 // One number for the batch (stride 0), or one for each sample.
 struct Index {

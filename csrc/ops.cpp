@@ -19,17 +19,20 @@
 TORCH_LIBRARY(ddpm_fast, m) {
   m.def(
       "reverse_step(Tensor x_t, Tensor model_output, Tensor rows, Tensor step, Tensor? noise, "
-      "Tensor? seed, Tensor? sample_index, Tensor? x0_prev, Tensor? guidance_scale, float? clip) "
+      "Tensor? seed, Tensor? sample_index, Tensor? x0_prev, Tensor? guidance_scale, "
+      "Tensor? guidance_factor, Tensor? threshold, Tensor? known, Tensor? mask, float? clip) "
       "-> Tensor");
   m.def(
       "reverse_step_(Tensor(a!) x_t, Tensor model_output, Tensor rows, Tensor step, "
       "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, "
-      "Tensor? guidance_scale, float? clip, Tensor(b!)? pred_xstart, Tensor(c!)? next_input, "
+      "Tensor? guidance_scale, Tensor? guidance_factor, Tensor? threshold, Tensor? known, "
+      "Tensor? mask, float? clip, Tensor(b!)? pred_xstart, Tensor(c!)? next_input, "
       "Tensor(d!)? next_step, Tensor(e!)? next_t) -> ()");
   m.def(
       "reverse_step.out(Tensor x_t, Tensor model_output, Tensor rows, Tensor step, "
       "Tensor? noise, Tensor? seed, Tensor? sample_index, Tensor? x0_prev, "
-      "Tensor? guidance_scale, float? clip, Tensor(a!) out, Tensor(b!)? pred_xstart, "
+      "Tensor? guidance_scale, Tensor? guidance_factor, Tensor? threshold, Tensor? known, "
+      "Tensor? mask, float? clip, Tensor(a!) out, Tensor(b!)? pred_xstart, "
       "Tensor(c!)? next_input, Tensor(d!)? next_step, Tensor(e!)? next_t) -> ()");
   m.def("q_sample(Tensor x_start, Tensor t, Tensor rows, Tensor noise) -> Tensor");
   m.def(
@@ -73,12 +76,14 @@ std::map<std::string, std::string> build_info() {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// reverse_step_ straight through the dispatcher: what torch.ops does before it to fourteen
-// arguments takes as long as the arithmetic of a small batch.
+// reverse_step_ straight through the dispatcher: what torch.ops does before it to that
+// many arguments takes as long as the arithmetic of a small batch.
 void reverse_step_in_place(Tensor& x_t, const Tensor& model_output, const Tensor& rows,
                            const Tensor& step, const OptionalTensor& noise,
                            const OptionalTensor& seed, const OptionalTensor& sample_index,
                            const OptionalTensor& x0_prev, const OptionalTensor& guidance_scale,
+                           const OptionalTensor& guidance_factor, const OptionalTensor& threshold,
+                           const OptionalTensor& known, const OptionalTensor& mask,
                            std::optional<double> clip, const OptionalTensor& pred_xstart,
                            const OptionalTensor& next_input, const OptionalTensor& next_step,
                            const OptionalTensor& next_t) {
@@ -86,20 +91,24 @@ void reverse_step_in_place(Tensor& x_t, const Tensor& model_output, const Tensor
                              .findSchemaOrThrow("ddpm_fast::reverse_step_", "")
                              .typed<decltype(reverse_step_in_place)>();
   const py::gil_scoped_release no_gil;
-  op.call(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip,
-          pred_xstart, next_input, next_step, next_t);
+  op.call(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
+          guidance_factor, threshold, known, mask, clip, pred_xstart, next_input, next_step,
+          next_t);
 }
 
 // The same with all but the model_output settled beforehand.
 py::cpp_function bound_reverse_step(Tensor x_t, Tensor rows, Tensor step, OptionalTensor noise,
                                     OptionalTensor seed, OptionalTensor sample_index,
                                     OptionalTensor x0_prev, OptionalTensor guidance_scale,
+                                    OptionalTensor guidance_factor, OptionalTensor threshold,
+                                    OptionalTensor known, OptionalTensor mask,
                                     std::optional<double> clip, OptionalTensor pred_xstart,
                                     OptionalTensor next_input, OptionalTensor next_step,
                                     OptionalTensor next_t) {
   return [=](const Tensor& model_output) mutable {
     reverse_step_in_place(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev,
-                          guidance_scale, clip, pred_xstart, next_input, next_step, next_t);
+                          guidance_scale, guidance_factor, threshold, known, mask, clip,
+                          pred_xstart, next_input, next_step, next_t);
   };
 }
 

@@ -8,6 +8,16 @@
 
 namespace ddpm_fast {
 
+// A number for each sample.
+template <class T>
+struct PerSample {
+  const T* data = nullptr;
+  int64_t stride = 0;
+
+  DDPM_HOST_DEVICE bool present() const { return data != nullptr; }
+  DDPM_HOST_DEVICE T operator[](int64_t sample) const { return data[sample * stride]; }
+};
+
 // w of classifier-free guidance, for each row and sample (a stride of 0: for all of them).
 template <class T>
 struct GuidanceScale {
@@ -35,7 +45,7 @@ struct ReverseStepKernel {
   using T = compute_t<State>;
 
   Shape shape;
-  View<const State> x_t, noise, x0_prev;
+  View<const State> x_t, noise, x0_prev, known, mask;
   View<const Output> model_output;  // with guidance, the unconditional samples behind the others
   View<State> out, pred_xstart;
   AnyView next_input;
@@ -46,17 +56,30 @@ struct ReverseStepKernel {
   int64_t num_rows;
   Index step;
   GuidanceScale<T> guidance;
+  PerSample<T> guidance_factor, threshold;
   NoiseSource source;
   Next next;
 
   DDPM_HOST_DEVICE const StepRow<T>& row(int64_t number) const {
     return *reinterpret_cast<const StepRow<T>*>(rows + number * kRowLength);
   }
+  DDPM_HOST_DEVICE bool adds_noise(const StepRow<T>& row) const {
+    return row.sigma != T(0) || (known.present() && row.known_sigma != T(0));
+  }
   DDPM_HOST_DEVICE bool draws_noise(const StepRow<T>& row) const {
-    return source.present() && row.sigma != T(0);
+    return source.present() && adds_noise(row);
   }
   DDPM_HOST_DEVICE bool reads_noise(const StepRow<T>& row) const {
-    return noise.present() && row.sigma != T(0);
+    return noise.present() && adds_noise(row);
+  }
+  DDPM_HOST_DEVICE NoiseKey noise_key(int64_t sample, const StepRow<T>& row) const {
+    return source.key(sample, static_cast<int64_t>(row.timestep), static_cast<int64_t>(row.stream));
+  }
+  DDPM_HOST_DEVICE T clip_of(int64_t sample) const {
+    return threshold.present() ? threshold[sample] : clip;
+  }
+  DDPM_HOST_DEVICE T factor_of(int64_t sample) const {
+    return guidance_factor.present() ? guidance_factor[sample] : T(1);
   }
 
   // Called once for each sample. Others may still be reading `step`.

@@ -16,12 +16,14 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <limits>
+#include <string_view>
 
 namespace ddpm_fast {
 
 struct ReverseStep {
   const Tensor &x_t, &model_output, &rows, &step;
-  const OptionalTensor &noise, &seed, &sample_index, &x0_prev, &guidance_scale;
+  const OptionalTensor &noise, &seed, &sample_index, &x0_prev, &guidance_scale, &guidance_factor;
+  const OptionalTensor &threshold, &known, &mask;
   const std::optional<double>& clip;
   const Tensor& out;
   const OptionalTensor &pred_xstart, &next_input, &next_step, &next_t;
@@ -31,6 +33,8 @@ inline void check_inputs(const Tensor& x, const Tensor& output, const Tensor& ro
                          const Tensor& step, const OptionalTensor& noise,
                          const OptionalTensor& seed, const OptionalTensor& sample_index,
                          const OptionalTensor& x0_prev, const OptionalTensor& guidance_scale,
+                         const OptionalTensor& guidance_factor, const OptionalTensor& threshold,
+                         const OptionalTensor& known, const OptionalTensor& mask,
                          const std::optional<double>& clip) {
   const char* op = "reverse_step";
   const Argument x_t{op, "x_t", x}, model_output{op, "model_output", output};
@@ -48,59 +52,84 @@ inline void check_inputs(const Tensor& x, const Tensor& output, const Tensor& ro
   check_index({op, "step", step}, x_t, true);
   check_range({op, "step", step}, {op, "rows", rows});
   check_noise_source(x_t, noise, seed, sample_index);
+  TORCH_CHECK_VALUE(known.has_value() == mask.has_value(), op,
+                    ": known and mask must be given together");
   if (noise) check_like({op, "noise", *noise}, x_t);
   if (x0_prev) check_like({op, "x0_prev", *x0_prev}, x_t);
+  if (known) check_like({op, "known", *known}, x_t);
+  if (mask) check_like({op, "mask", *mask}, x_t);
   if (guidance_scale) {
     check_scale({op, "guidance_scale", *guidance_scale}, x_t, {op, "rows", rows});
   }
+  TORCH_CHECK_VALUE(guidance_scale || !guidance_factor, op,
+                    ": guidance_factor needs a guidance_scale");
+  if (guidance_factor) check_per_sample({op, "guidance_factor", *guidance_factor}, x_t);
+  if (threshold) check_per_sample({op, "threshold", *threshold}, x_t);
+  TORCH_CHECK_VALUE(!(clip && threshold), op, ": give clip or threshold, not both");
   TORCH_CHECK_VALUE(!clip || *clip > 0, op, ": clip must be positive, or None; got ", *clip);
+}
+
+// A step in place, of a network that may return its own input, and a history that moves on.
+inline bool may_be_the_same(std::string_view written, std::string_view other) {
+  return (written == "out" && (other == "x_t" || other == "model_output")) ||
+         (written == "pred_xstart" && other == "x0_prev");
 }
 
 inline void check_outputs(const ReverseStep& a) {
   const char* op = "reverse_step";
-  check_carry_no_gradient(
-      op, {&a.x_t, &a.model_output, &a.out, address_of(a.noise), address_of(a.x0_prev),
-           address_of(a.pred_xstart), address_of(a.next_input)});
-  const Argument x_t{op, "x_t", a.x_t}, out{op, "out", a.out};
-  check_output(out, x_t);
-  check_no_overlap(out, x_t, true);
-  // A network may return its own input.
-  check_no_overlap(out, {op, "model_output", a.model_output}, true);
-  if (a.noise) check_no_overlap(out, {op, "noise", *a.noise}, false);
-  if (a.x0_prev) check_no_overlap(out, {op, "x0_prev", *a.x0_prev}, false);
-  if (a.pred_xstart) {
-    const Argument pred_xstart{op, "pred_xstart", *a.pred_xstart};
-    check_output(pred_xstart, x_t);
-    check_no_overlap(pred_xstart, x_t, false);
-    check_no_overlap(pred_xstart, out, false);
-    check_no_overlap(pred_xstart, {op, "model_output", a.model_output}, false);
-    if (a.noise) check_no_overlap(pred_xstart, {op, "noise", *a.noise}, false);
-    if (a.x0_prev) check_no_overlap(pred_xstart, {op, "x0_prev", *a.x0_prev}, true);
+  check_carry_no_gradient(op, {&a.x_t, &a.model_output, &a.out, address_of(a.noise),
+                               address_of(a.x0_prev), address_of(a.known), address_of(a.mask),
+                               address_of(a.pred_xstart), address_of(a.next_input)});
+  struct Named {
+    const char* name;
+    const Tensor* tensor;
+  };
+  const Argument x_t{op, "x_t", a.x_t};
+  const Named written[] = {{"out", &a.out},
+                           {"pred_xstart", address_of(a.pred_xstart)},
+                           {"next_input", address_of(a.next_input)}};
+  const Named read[] = {{"x_t", &a.x_t},
+                        {"model_output", &a.model_output},
+                        {"noise", address_of(a.noise)},
+                        {"x0_prev", address_of(a.x0_prev)},
+                        {"known", address_of(a.known)},
+                        {"mask", address_of(a.mask)}};
+  for (const Named& w : written) {
+    if (w.tensor == nullptr) continue;
+    const Argument argument{op, w.name, *w.tensor};
+    w.tensor == address_of(a.next_input) ? check_next_input(argument, x_t)
+                                         : check_output(argument, x_t);
+    const auto check_apart_from = [&](const Named& other) {
+      if (other.tensor == nullptr) return;
+      check_no_overlap(argument, {op, other.name, *other.tensor},
+                       may_be_the_same(w.name, other.name));
+    };
+    for (const Named& other : read) check_apart_from(other);
+    for (const Named* earlier = written; earlier != &w; ++earlier) check_apart_from(*earlier);
   }
-  if (a.next_input) {
-    const Argument next_input{op, "next_input", *a.next_input};
-    check_next_input(next_input, x_t);
-    check_no_overlap(next_input, x_t, false);
-    check_no_overlap(next_input, out, false);
-    check_no_overlap(next_input, {op, "model_output", a.model_output}, false);
-    if (a.noise) check_no_overlap(next_input, {op, "noise", *a.noise}, false);
-    if (a.x0_prev) check_no_overlap(next_input, {op, "x0_prev", *a.x0_prev}, false);
-    if (a.pred_xstart) check_no_overlap(next_input, {op, "pred_xstart", *a.pred_xstart}, false);
-  }
+}
+
+inline void check_next(const ReverseStep& a) {
+  const char* op = "reverse_step";
+  const auto check_apart_from = [&](const Argument& written, const char* name,
+                                    const Tensor* other) {
+    if (other != nullptr) check_no_overlap(written, {op, name, *other}, false);
+  };
+  const auto check_apart_from_read = [&](const Argument& written) {
+    check_apart_from(written, "step", &a.step);
+    check_apart_from(written, "seed", address_of(a.seed));
+    check_apart_from(written, "sample_index", address_of(a.sample_index));
+  };
   if (a.next_step) {
     const Argument next_step{op, "next_step", *a.next_step};
-    check_next_step(next_step, {op, "step", a.step}, x_t);
-    check_no_overlap(next_step, {op, "step", a.step}, false);
-    if (a.seed) check_no_overlap(next_step, {op, "seed", *a.seed}, false);
-    if (a.seed) check_no_overlap(next_step, {op, "sample_index", *a.sample_index}, false);
+    check_next_step(next_step, {op, "step", a.step}, {op, "x_t", a.x_t});
+    check_apart_from_read(next_step);
   }
   if (a.next_t) {
     const Argument next_t{op, "next_t", *a.next_t};
-    check_next_t(next_t, x_t);
-    check_no_overlap(next_t, {op, "step", a.step}, false);
-    if (a.seed) check_no_overlap(next_t, {op, "seed", *a.seed}, false);
-    if (a.seed) check_no_overlap(next_t, {op, "sample_index", *a.sample_index}, false);
-    if (a.next_step) check_no_overlap(next_t, {op, "next_step", *a.next_step}, false);
+    check_next_t(next_t, {op, "x_t", a.x_t});
+    check_apart_from_read(next_t);
+    check_apart_from(next_t, "next_step", address_of(a.next_step));
   }
 }
 
@@ -109,6 +138,12 @@ GuidanceScale<T> guidance_of(const OptionalTensor& scale) {
   if (!scale) return {};
   return {scale->const_data_ptr<T>(), scale->size(0) == 1 ? 0 : scale->stride(0),
           scale->size(1) == 1 ? 0 : scale->stride(1)};
+}
+
+template <class T>
+PerSample<T> per_sample_of(const OptionalTensor& numbers) {
+  if (!numbers) return {};
+  return {numbers->const_data_ptr<T>(), numbers->stride(0)};
 }
 
 inline Next next_of(const ReverseStep& a) {
@@ -135,6 +170,8 @@ ReverseStepKernel<State, Output> kernel_of(const ReverseStep& a) {
       view_of<const State>(a.x_t, shape),
       view_of<const State>(a.noise, shape),
       view_of<const State>(a.x0_prev, shape),
+      view_of<const State>(a.known, shape),
+      view_of<const State>(a.mask, shape),
       view_of<const Output>(a.model_output, shape),
       view_of<State>(a.out, shape),
       view_of<State>(a.pred_xstart, shape),
@@ -146,6 +183,8 @@ ReverseStepKernel<State, Output> kernel_of(const ReverseStep& a) {
       a.rows.size(0),
       index_of(a.step),
       guidance_of<T>(a.guidance_scale),
+      per_sample_of<T>(a.guidance_factor),
+      per_sample_of<T>(a.threshold),
       {index_of(a.seed), index_of(a.sample_index)},
       next_of(a),
   };
@@ -173,9 +212,11 @@ struct ReverseStepForms {
                            const Tensor& step, const OptionalTensor& noise,
                            const OptionalTensor& seed, const OptionalTensor& sample_index,
                            const OptionalTensor& x0_prev, const OptionalTensor& guidance_scale,
+                           const OptionalTensor& guidance_factor, const OptionalTensor& threshold,
+                           const OptionalTensor& known, const OptionalTensor& mask,
                            std::optional<double> clip) {
     check_inputs(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
-                 clip);
+                 guidance_factor, threshold, known, mask, clip);
     const Tensor out = at::empty_like(x_t);
     launch({x_t,
             model_output,
@@ -186,6 +227,10 @@ struct ReverseStepForms {
             sample_index,
             x0_prev,
             guidance_scale,
+            guidance_factor,
+            threshold,
+            known,
+            mask,
             clip,
             out,
             {},
@@ -198,26 +243,32 @@ struct ReverseStepForms {
   static void in_place(Tensor& x_t, const Tensor& model_output, const Tensor& rows,
                        const Tensor& step, const OptionalTensor& noise, const OptionalTensor& seed,
                        const OptionalTensor& sample_index, const OptionalTensor& x0_prev,
-                       const OptionalTensor& guidance_scale, std::optional<double> clip,
+                       const OptionalTensor& guidance_scale, const OptionalTensor& guidance_factor,
+                       const OptionalTensor& threshold, const OptionalTensor& known,
+                       const OptionalTensor& mask, std::optional<double> clip,
                        const OptionalTensor& pred_xstart, const OptionalTensor& next_input,
                        const OptionalTensor& next_step, const OptionalTensor& next_t) {
-    out(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip,
-        x_t, pred_xstart, next_input, next_step, next_t);
+    out(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
+        guidance_factor, threshold, known, mask, clip, x_t, pred_xstart, next_input, next_step,
+        next_t);
   }
 
   static void out(const Tensor& x_t, const Tensor& model_output, const Tensor& rows,
                   const Tensor& step, const OptionalTensor& noise, const OptionalTensor& seed,
                   const OptionalTensor& sample_index, const OptionalTensor& x0_prev,
-                  const OptionalTensor& guidance_scale, std::optional<double> clip,
-                  const Tensor& out, const OptionalTensor& pred_xstart,
-                  const OptionalTensor& next_input, const OptionalTensor& next_step,
-                  const OptionalTensor& next_t) {
+                  const OptionalTensor& guidance_scale, const OptionalTensor& guidance_factor,
+                  const OptionalTensor& threshold, const OptionalTensor& known,
+                  const OptionalTensor& mask, std::optional<double> clip, const Tensor& out,
+                  const OptionalTensor& pred_xstart, const OptionalTensor& next_input,
+                  const OptionalTensor& next_step, const OptionalTensor& next_t) {
     check_inputs(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale,
-                 clip);
-    const ReverseStep a{x_t,  model_output, rows,       step,           noise,
-                        seed, sample_index, x0_prev,    guidance_scale, clip,
-                        out,  pred_xstart,  next_input, next_step,      next_t};
+                 guidance_factor, threshold, known, mask, clip);
+    const ReverseStep a{x_t,         model_output, rows,      step,           noise,
+                        seed,        sample_index, x0_prev,   guidance_scale, guidance_factor,
+                        threshold,   known,        mask,      clip,           out,
+                        pred_xstart, next_input,   next_step, next_t};
     check_outputs(a);
+    check_next(a);
     launch(a);
     mark_written(a.out);
     for (const OptionalTensor* written : {&pred_xstart, &next_input, &next_step, &next_t}) {

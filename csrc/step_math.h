@@ -5,6 +5,10 @@
 //   x_prev = mean_from_x0 pred_xstart + mean_from_xt x_t + mean_from_out out
 //          + mean_from_x0_prev previous pred_xstart + stddev noise
 //
+// and where a mask keeps what is known of x_start,
+//
+//   x_prev = mask (known_from_x0 known + known_sigma noise) + (1 - mask) x_prev
+//
 // A step reads x_t and out once and writes x_prev once: 12 bytes an element in float32, the noise
 // included, since it is drawn in registers.
 #pragma once
@@ -19,10 +23,11 @@ struct StepRow {
   T x0_from_xt, x0_from_out;
   T mean_from_x0, mean_from_xt, mean_from_out, mean_from_x0_prev;
   T sigma, min_log_variance, max_log_variance;
-  T timestep;
+  T timestep, stream;
+  T known_from_x0, known_sigma;
 };
 
-constexpr int kRowLength = 10;
+constexpr int kRowLength = 13;
 static_assert(sizeof(StepRow<float>) == kRowLength * sizeof(float), "a row has no padding");
 
 // A coefficient of zero reads nothing: neither an overflow to infinity nor an unwritten buffer
@@ -95,6 +100,13 @@ DDPM_HOST_DEVICE float exponential(float x) {
   const float mantissa = fma(r * r, p, r) + 1.0f;
   const int32_t exponent = x == x ? static_cast<int32_t>(n) : 0;
   return mantissa * float_from_bits((exponent + 127) * (1 << 23));
+}
+
+// Inpainting, Lugmayr et al. 2022 (arXiv 2201.09865), eq. 8, with one noise for both parts, of
+// which a pixel has only one.
+template <class T>
+DDPM_HOST_DEVICE T keep_known(T mask, T known, T step) {
+  return term(mask, known) + term(T(1) - mask, step);
 }
 
 // sigma_t of a learned variance: the output v in [-1, 1] runs between two log-variances, Nichol &

@@ -119,6 +119,11 @@ def is_walkable(tensor: Tensor) -> bool:
     return True
 
 
+def walkable(tensor: Tensor) -> Tensor:
+    """The tensor itself where a kernel can walk it, else a copy."""
+    return tensor if tensor.is_contiguous() or is_walkable(tensor) else tensor.contiguous()
+
+
 def check_layout(a: Argument) -> None:
     """Each sample contiguous or channels_last, or a slice of such."""
     if a.tensor.numel() != 0 and not is_walkable(a.tensor):
@@ -159,6 +164,14 @@ def check_scale(a: Argument, like: Argument, rows: Argument) -> None:
     shape = _shape(a.tensor)
     if len(shape) != 2 or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
         raise ValueError(f"{a} must have shape [1 or {sizes[0]}, 1 or {sizes[1]}]; got {shape}")
+
+
+def check_per_sample(a: Argument, like: Argument) -> None:
+    """One number for each sample."""
+    check_dtype(a, compute_dtype(like.tensor.dtype))
+    check_device(a, like)
+    if _shape(a.tensor) != [len(like.tensor)]:
+        raise ValueError(f"{a} must have shape [{len(like.tensor)}]; got {_shape(a.tensor)}")
 
 
 def check_range(index: Argument, rows: Argument) -> None:

@@ -28,9 +28,12 @@ from .reference import (
     STREAMS,
     guided,
     learned_stddev,
+    normals,
+    over_batch,
     per_sample,
+    predict_xstart,
+    row_of,
     scale_per_sample,
-    term,
 )
 
 __all__ = [
@@ -103,6 +106,10 @@ def reverse_step(
     sample_index: Tensor | None = None,
     x0_prev: Tensor | None = None,
     guidance_scale: Tensor | None = None,
+    guidance_factor: Tensor | None = None,
+    threshold: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     clip: float | None = 1.0,
     out: Tensor | None = None,
     pred_xstart: Tensor | None = None,
@@ -119,11 +126,19 @@ def reverse_step(
         x_prev = mean_from_x0 xstart + mean_from_xt x_t + mean_from_out model_output
                + mean_from_x0_prev x0_prev + sigma noise
 
-    With a ``guidance_scale`` w, ``uncond + w (cond - uncond)`` takes the place of the output,
-    whose first N samples are the conditional ones (Ho & Salimans 2022). A coefficient of zero
-    reads nothing. Where ``model_output`` has twice the channels, its second
+    A coefficient of zero reads nothing. Where ``model_output`` has twice the channels, its second
     half v turns sigma into sigma exp(logvar / 2), with logvar running from ``min_log_variance``
     at v = -1 to ``max_log_variance`` at v = 1 (Nichol & Dhariwal 2021, eq. 15).
+
+    With a ``guidance_scale`` w, ``uncond + w (cond - uncond)`` takes the place of the output,
+    whose first N samples are the conditional ones (Ho & Salimans 2022), times the
+    ``guidance_factor``, if there is one (Lin et al. 2023, eqs. 15 and 16). With a ``threshold`` s,
+    xstart is clamped to [-s, s] and divided by s (Saharia et al. 2022, section 2.3). With a
+    ``mask``, what is ``known`` of x_start stays (Lugmayr et al. 2022, eq. 8)::
+
+        x_prev = mask (known_from_x0 known + known_sigma noise) + (1 - mask) x_prev
+
+    Gradients flow to x_t, model_output, noise, x0_prev and known.
 
     Args:
         x_t: ``[N, C, ...]``, contiguous or channels_last.
@@ -133,10 +148,13 @@ def reverse_step(
         step: int64 ``[]`` or ``[N]``, the row to use, in [0, S - 1].
         noise: like x_t; instead of it,
         seed, sample_index: int64 ``[]`` or ``[N]``, and ``[N]``: draw the noise in the kernel, a
-            function of (seed, sample_index, the row's timestep, element). Without either there
-            is no noise.
+            function of (seed, sample_index, the row's timestep and stream, element). Without
+            either there is no noise.
         x0_prev: the previous step's ``pred_xstart``, like x_t.
         guidance_scale: ``[S or 1, N or 1]`` in the compute dtype: w for each row and sample.
+        guidance_factor: ``[N]`` in the compute dtype.
+        threshold: ``[N]`` in the compute dtype, positive; takes the place of ``clip``.
+        known, mask: like x_t, or expanded to its shape; the mask from 0 (drawn) to 1 (known).
         clip: clamp xstart to [-clip, clip]; None does not.
         out: where to write x_prev, like x_t; x_t itself works in place.
         pred_xstart: where to write xstart, like x_t; may be ``x0_prev`` itself.
@@ -177,6 +195,10 @@ def reverse_step(
             sample_index=sample_index,
             x0_prev=x0_prev,
             guidance_scale=guidance_scale,
+            guidance_factor=guidance_factor,
+            threshold=threshold,
+            known=known,
+            mask=mask,
             clip=clip,
             out=out,
             pred_xstart=pred_xstart,
@@ -184,7 +206,10 @@ def reverse_step(
             next_step=next_step,
             next_t=next_t,
         )
-    inputs = model_output, rows, step, noise, seed, sample_index, x0_prev, guidance_scale, clip
+    guidance = guidance_scale, guidance_factor
+    kept = known, mask
+    sources = noise, seed, sample_index, x0_prev
+    inputs = model_output, rows, step, *sources, *guidance, threshold, *kept, clip
     if out is x_t:
         # A compiler knows the ops of torch.ops only.
         traced = torch.compiler.is_compiling()
@@ -192,7 +217,7 @@ def reverse_step(
         in_place(x_t, *inputs, pred_xstart, next_input, next_step, next_t)
         return x_t
     writes = not (out is pred_xstart is next_input is next_step is next_t is None)
-    if not writes and _want_gradient(x_t, model_output, noise, x0_prev):
+    if not writes and _want_gradient(x_t, model_output, noise, x0_prev, known, mask):
         x_prev: Tensor = _native.reverse_step.default(x_t, *inputs)
         return x_prev
     out = torch.empty_like(x_t) if out is None else out
@@ -212,7 +237,7 @@ def bound_reverse_step(
         return lambda model_output: reference.reverse_step(
             x_t, model_output, rows, step, **options, out=x_t
         )
-    given = [options.pop(name, None) for name in (*_SOURCES, *_NEXT)]
+    given = [options.pop(name, None) for name in (*_OPTIONS, *_NEXT)]
     assert not options, options
     bound: Callable[[Tensor], object] = _extension.module.bound_reverse_step(
         x_t, rows, step, *given
@@ -373,8 +398,10 @@ def _empty_words(counter: Tensor, key: Tensor) -> Tensor:
     return torch.empty_like(counter, memory_format=torch.contiguous_format)
 
 
-_SOURCES = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
-_STEP = ("x_t", "model_output", "rows", "step", *_SOURCES)
+_SOURCES = ("noise", "seed", "sample_index", "x0_prev")
+_NUMBERS = ("guidance_scale", "guidance_factor", "threshold")
+_OPTIONS = (*_SOURCES, *_NUMBERS, "known", "mask", "clip")
+_STEP = ("x_t", "model_output", "rows", "step", *_OPTIONS)
 _NOISING = ("x_start", "t", "rows", "noise", "seed", "sample_index")
 _NEXT = ("pred_xstart", "next_input", "next_step", "next_t")
 
@@ -420,42 +447,70 @@ def _save_reverse_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _reverse_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x_t, model_output, rows, step, noise, seed, sample_index, x0_prev, scale = ctx.saved_tensors
-    row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
+    saved = dict(zip(_STEP, ctx.saved_tensors, strict=False))
+    x_t, model_output, rows, step = ctx.saved_tensors[:4]
+    row = row_of(rows, step, x_t)
     channels = x_t.shape[1]
-    x, g = x_t.to(rows.dtype), grad.to(rows.dtype)
+    grads: dict[str, Tensor] = {}
 
-    grad_xstart = row["mean_from_x0"] * g
-    if ctx.clip is not None:
-        output = guided(model_output, scale, step, channels, rows.dtype)
-        xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
-        grad_xstart = torch.where(xstart.abs() <= ctx.clip, grad_xstart, 0.0)
-    grad_x = row["x0_from_xt"] * grad_xstart + row["mean_from_xt"] * g
+    g = grad.to(rows.dtype)
+    if saved["mask"] is not None:
+        keep = saved["mask"].to(rows.dtype)
+        grads["known"] = row["known_from_x0"] * keep * g
+        grads["noise"] = row["known_sigma"] * keep * g
+        g = (1 - keep) * g
+
+    grad_xstart = _through_clamp(ctx, saved, row, row["mean_from_x0"] * g)
+    grads["x_t"] = row["x0_from_xt"] * grad_xstart + row["mean_from_xt"] * g
+    grads["x0_prev"] = row["mean_from_x0_prev"] * g
     grad_output = row["x0_from_out"] * grad_xstart + row["mean_from_out"] * g
-    if scale is not None:
-        w = scale_per_sample(scale, step, x)
+    if saved["guidance_scale"] is not None:
+        w = scale_per_sample(saved["guidance_scale"], step, x_t)
+        if saved["guidance_factor"] is not None:
+            grad_output = over_batch(saved["guidance_factor"], x_t) * grad_output
         grad_output = torch.cat([w * grad_output, (1 - w) * grad_output])
 
     stddev = row["sigma"]
     if model_output.shape[1] != channels:
         stddev = learned_stddev(row, model_output[: len(x_t), channels:].to(rows.dtype))
-        if seed is not None:
-            timestep = row["timestep"].long().reshape(step.shape)
-            noise = _native.philox_normal(
-                x_t.shape, seed, sample_index, timestep, STREAMS["reverse"], rows.dtype
-            )
-        drawn = torch.zeros_like(g) if noise is None else noise.to(rows.dtype)
         slope = (row["max_log_variance"] - row["min_log_variance"]) / 4
         grad_v = torch.zeros_like(grad_output)  # the unconditional variance is not read
-        grad_v[: len(x_t)] = g * drawn * stddev * slope
+        grad_v[: len(x_t)] = g * _noise_of(saved, row) * stddev * slope
         grad_output = torch.cat([grad_output, grad_v], dim=1)
+    grads["model_output"] = grad_output
+    grads["noise"] = stddev * g + grads.get("noise", 0.0)
 
-    grad_noise = None if ctx.saved_tensors[4] is None else (g * stddev).to(x_t.dtype)
-    grad_x0_prev = None
-    if x0_prev is not None:
-        grad_x0_prev = (row["mean_from_x0_prev"] * g).to(x_t.dtype)
-    grads = grad_x.to(x_t.dtype), grad_output.to(model_output.dtype)
-    return *grads, None, None, grad_noise, None, None, grad_x0_prev, None, None
+    def of(name: str) -> Tensor | None:
+        given = saved.get(name)
+        return grads[name].to(given.dtype) if name in grads and given is not None else None
+
+    return tuple(of(name) for name in _STEP)
+
+
+def _through_clamp(
+    ctx: Any, saved: dict[str, Tensor], row: dict[str, Tensor], grad: Tensor
+) -> Tensor:
+    """The gradient at xstart before its clamp, from the one behind it."""
+    threshold, x_t = saved["threshold"], saved["x_t"]
+    bound = ctx.clip if threshold is None else over_batch(threshold, x_t)
+    if bound is None:
+        return grad
+    guidance = saved["guidance_scale"], saved["guidance_factor"], saved["step"]
+    output = guided(saved["model_output"], *guidance, x_t.shape[1], grad.dtype)
+    xstart = predict_xstart(row, x_t.to(grad.dtype), output)
+    grad = torch.where(xstart.abs() <= bound, grad, 0.0)
+    return grad if threshold is None else grad / bound
+
+
+def _noise_of(saved: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
+    """The noise that the step added, drawn again if need be; zeros where there was none."""
+    x_t, dtype = saved["x_t"], row["sigma"].dtype
+    if saved["noise"] is not None:
+        return saved["noise"].to(dtype)
+    if saved["seed"] is None:
+        return torch.zeros_like(x_t, dtype=dtype)
+    timestep, stream = row["timestep"].long(), row["stream"].long()
+    return normals(x_t.shape, saved["seed"], saved["sample_index"], timestep, stream).to(dtype)
 
 
 def _save_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -29,11 +29,14 @@ ROW = (
     "min_log_variance",
     "max_log_variance",
     "timestep",
+    "stream",
+    "known_from_x0",
+    "known_sigma",
 )
 """The columns of a step table, as in csrc/step_math.h."""
 
-STREAMS = {"initial": 0, "reverse": 1, "forward": 2}
-"""What a run of normals is for, as in csrc/noise_source.h."""
+STREAMS = {"initial": 0, "reverse": 1, "forward": 2, "resampled": 3}
+"""What a run of normals is for: see docs/noise.md."""
 
 
 def reverse_step(
@@ -47,6 +50,10 @@ def reverse_step(
     sample_index: Tensor | None = None,
     x0_prev: Tensor | None = None,
     guidance_scale: Tensor | None = None,
+    guidance_factor: Tensor | None = None,
+    threshold: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     clip: float | None = 1.0,
     out: Tensor | None = None,
     pred_xstart: Tensor | None = None,
@@ -55,20 +62,24 @@ def reverse_step(
     next_t: Tensor | None = None,
 ) -> Tensor:
     """One reverse step; see :func:`ddpm_fast.ops.reverse_step`."""
-    inputs = {"noise": noise, "x0_prev": x0_prev}
+    inputs = {"noise": noise, "x0_prev": x0_prev, "known": known, "mask": mask}
+    guides = guidance_scale is not None
+    _check_reverse_step(x_t, model_output, rows, step, inputs, seed, sample_index, guided=guides)
+    _check_numbers(x_t, rows, guidance_scale, guidance_factor, threshold, clip)
     written = {"out": out, "pred_xstart": pred_xstart, "next_input": next_input}
-    _check_reverse_step(
-        x_t, model_output, rows, step, seed, sample_index, guidance_scale, clip, inputs, written
-    )
+    _check_memory(x_t, model_output, inputs, written)
     _check_next(x_t, step, seed, sample_index, next_step, next_t)
-    row = dict(zip(ROW, per_sample(rows, step, x_t), strict=True))
+    row = row_of(rows, step, x_t)
     channels = x_t.shape[1]
     x = x_t.to(rows.dtype)
-    output = guided(model_output, guidance_scale, step, channels, rows.dtype)
+    output = guided(model_output, guidance_scale, guidance_factor, step, channels, rows.dtype)
 
-    xstart = term(row["x0_from_xt"], x) + term(row["x0_from_out"], output)
+    xstart = predict_xstart(row, x, output)
     if clip is not None:
         xstart = xstart.clamp(-clip, clip)
+    if threshold is not None:
+        bound = over_batch(threshold, x)
+        xstart = xstart.clamp(-bound, bound) / bound
     mean = (
         term(row["mean_from_x0"], xstart)
         + term(row["mean_from_xt"], x)
@@ -78,13 +89,16 @@ def reverse_step(
         mean = mean + term(row["mean_from_x0_prev"], x0_prev.to(rows.dtype))
 
     if seed is not None and sample_index is not None:
-        noise = _normals(x_t.shape, seed, sample_index, row["timestep"].long(), STREAMS["reverse"])
+        timestep, stream = row["timestep"].long(), row["stream"].long()
+        noise = normals(x_t.shape, seed, sample_index, timestep, stream)
     if noise is not None:
         stddev = row["sigma"]
         if model_output.shape[1] != channels:
             v = model_output[: len(x_t), channels:].to(rows.dtype)
             stddev = learned_stddev(row, v)
         mean = mean + term(stddev, noise.to(rows.dtype))
+    if known is not None and mask is not None:
+        mean = keep_known(row, known, mask, noise, mean)
 
     if pred_xstart is not None:
         pred_xstart.copy_(xstart)
@@ -96,27 +110,59 @@ def reverse_step(
     return x_prev
 
 
+def row_of(rows: Tensor, step: Tensor, like: Tensor) -> dict[str, Tensor]:
+    """The columns of the row of each sample, to broadcast against a batch."""
+    return dict(zip(ROW, per_sample(rows, step, like), strict=True))
+
+
+def predict_xstart(row: dict[str, Tensor], x_t: Tensor, output: Tensor) -> Tensor:
+    """x_start before its clamp: Ho et al. 2020, eq. 15, for a prediction of epsilon."""
+    return term(row["x0_from_xt"], x_t) + term(row["x0_from_out"], output)
+
+
 def term(coefficient: Tensor, value: Tensor) -> Tensor:
     """``coefficient * value``, except that a coefficient of zero reads nothing."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
 
 
+def keep_known(
+    row: dict[str, Tensor], known: Tensor, mask: Tensor, noise: Tensor | None, x_prev: Tensor
+) -> Tensor:
+    """Inpainting, Lugmayr et al. 2022 (arXiv 2201.09865), eq. 8: the mask is 1 where x is known.
+
+    One noise serves both parts, as a pixel belongs to one of them.
+    """
+    kept = term(row["known_from_x0"], known.to(x_prev.dtype))
+    if noise is not None:
+        kept = kept + term(row["known_sigma"], noise.to(x_prev.dtype))
+    keep = mask.to(x_prev.dtype)
+    return term(keep, kept) + term(1 - keep, x_prev)
+
+
+def over_batch(numbers: Tensor, like: Tensor) -> Tensor:
+    """A number for each sample, to broadcast against a batch."""
+    return numbers.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def guided(
     model_output: Tensor,
     scale: Tensor | None,
+    factor: Tensor | None,
     step: Tensor,
     channels: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The prediction without its variance: with a scale, uncond + w (cond - uncond).
+    """The prediction without its variance: with a scale, factor (uncond + w (cond - uncond)).
 
-    Ho & Salimans 2022 (arXiv 2207.12598); w is 1 + theirs.
+    Ho & Salimans 2022 (arXiv 2207.12598), whose w is 1 less; Lin et al. 2023 (arXiv 2305.08891),
+    eqs. 15 and 16, for the factor.
     """
     prediction = model_output[:, :channels].to(dtype)
     if scale is None:
         return prediction
     cond, uncond = prediction.chunk(2)
-    return uncond + term(scale_per_sample(scale, step, cond), cond - uncond)
+    mixed = uncond + term(scale_per_sample(scale, step, cond), cond - uncond)
+    return mixed if factor is None else mixed * over_batch(factor, mixed)
 
 
 def scale_per_sample(scale: Tensor, step: Tensor, like: Tensor) -> Tensor:
@@ -124,7 +170,7 @@ def scale_per_sample(scale: Tensor, step: Tensor, like: Tensor) -> Tensor:
     samples = torch.arange(len(like), device=step.device)
     row = step.expand(len(like)) if len(scale) > 1 else torch.zeros_like(samples)
     column = samples if scale.shape[1] > 1 else torch.zeros_like(samples)
-    return scale[row, column].reshape(-1, *[1] * (like.dim() - 1))
+    return over_batch(scale[row, column], like)
 
 
 def _advance(
@@ -160,7 +206,7 @@ def q_sample(
     _check_q_sample(x_start, t, rows, noise, seed, sample_index)
     _check_q_sample_outputs(x_start, noise, out, noise_out)
     if seed is not None and sample_index is not None:
-        drawn = _normals(x_start.shape, seed, sample_index, t, STREAMS["forward"])
+        drawn = normals(x_start.shape, seed, sample_index, t, STREAMS["forward"])
         noise = (torch.empty_like(x_start) if noise_out is None else noise_out).copy_(drawn)
     assert noise is not None
     signal, scale = per_sample(rows, t, x_start)
@@ -186,7 +232,7 @@ def philox_normal(
         raise ValueError(f"{op}: stream must lie in [0, 65535]; got {stream}")
     checks.check_noise_source(like, None, seed, sample_index)
     checks.check_index(Argument(op, "timestep", timestep), like, scalar_allowed=True)
-    return _normals(shape, seed, sample_index, timestep, stream).to(dtype)
+    return normals(shape, seed, sample_index, timestep, stream).to(dtype)
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -210,8 +256,12 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [x, y, z, w]
 
 
-def _normals(
-    shape: tuple[int, ...], seed: Tensor, sample_index: Tensor, timestep: Tensor, stream: int
+def normals(
+    shape: tuple[int, ...],
+    seed: Tensor,
+    sample_index: Tensor,
+    timestep: Tensor,
+    stream: int | Tensor,
 ) -> Tensor:
     """float32 of the given shape. The counter's layout, version 1, is told in csrc/philox.h."""
     samples, elements = shape[0], math.prod(shape[1:])
@@ -219,6 +269,8 @@ def _normals(
         return torch.empty(shape, device=seed.device)
     call = torch.arange((elements + 3) // 4, device=seed.device)
     index, low, high = (x.reshape(-1, 1) for x in (sample_index, seed, seed >> 32))
+    if isinstance(stream, Tensor):
+        stream = stream.reshape(-1, 1)
     high_and_stream = stream + ((index >> 32 & 0xFFFF) << 16)
     zero = torch.zeros_like(call + index)
     counter = [call + zero, index + zero, timestep.reshape(-1, 1) + zero, high_and_stream + zero]
@@ -247,12 +299,11 @@ def _check_reverse_step(
     output: Tensor,
     rows: Tensor,
     step: Tensor,
+    inputs: dict[str, Tensor | None],
     seed: Tensor | None,
     sample_index: Tensor | None,
-    guidance_scale: Tensor | None,
-    clip: float | None,
-    inputs: dict[str, Tensor | None],
-    written: dict[str, Tensor | None],
+    *,
+    guided: bool,
 ) -> None:
     op = "reverse_step"
     x_t, model_output = Argument(op, "x_t", x), Argument(op, "model_output", output)
@@ -264,30 +315,60 @@ def _check_reverse_step(
     checks.check_floating(model_output)
     checks.check_both_double(model_output, x_t)
     checks.check_device(model_output, x_t)
-    checks.check_output_shape(model_output, x_t, guided=guidance_scale is not None)
+    checks.check_output_shape(model_output, x_t, guided=guided)
     checks.check_layout(model_output)
 
     checks.check_rows(table, x_t, len(ROW))
     checks.check_index(index, x_t, scalar_allowed=True)
     checks.check_range(index, table)
     checks.check_noise_source(x_t, inputs["noise"], seed, sample_index)
-    given = [Argument(op, name, tensor) for name, tensor in inputs.items() if tensor is not None]
-    for argument in given:
-        checks.check_like(argument, x_t)
+    if (inputs["known"] is None) != (inputs["mask"] is None):
+        raise ValueError(f"{op}: known and mask must be given together")
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            checks.check_like(Argument(op, name, tensor), x_t)
+
+
+def _check_numbers(
+    x: Tensor,
+    rows: Tensor,
+    guidance_scale: Tensor | None,
+    guidance_factor: Tensor | None,
+    threshold: Tensor | None,
+    clip: float | None,
+) -> None:
+    op = "reverse_step"
+    x_t = Argument(op, "x_t", x)
     if guidance_scale is not None:
-        checks.check_scale(Argument(op, "guidance_scale", guidance_scale), x_t, table)
+        scale = Argument(op, "guidance_scale", guidance_scale)
+        checks.check_scale(scale, x_t, Argument(op, "rows", rows))
+    elif guidance_factor is not None:
+        raise ValueError(f"{op}: guidance_factor needs a guidance_scale")
+    for name, numbers in {"guidance_factor": guidance_factor, "threshold": threshold}.items():
+        if numbers is not None:
+            checks.check_per_sample(Argument(op, name, numbers), x_t)
+    if clip is not None and threshold is not None:
+        raise ValueError(f"{op}: give clip or threshold, not both")
     if clip is not None and not clip > 0:
         raise ValueError(f"{op}: clip must be positive, or None; got {clip:g}")
 
-    if any(tensor is not None for tensor in written.values()):
-        checks.check_carry_no_gradient(op, x, output, *inputs.values(), *written.values())
-    others = [x_t]
+
+def _check_memory(
+    x: Tensor, output: Tensor, inputs: dict[str, Tensor | None], written: dict[str, Tensor | None]
+) -> None:
+    if all(tensor is None for tensor in written.values()):
+        return
+    op = "reverse_step"
+    checks.check_carry_no_gradient(op, x, output, *inputs.values(), *written.values())
+    x_t = Argument(op, "x_t", x)
+    read = {"x_t": x, "model_output": output, **inputs}
+    others = [Argument(op, name, tensor) for name, tensor in read.items() if tensor is not None]
     for name, tensor in written.items():
         if tensor is not None:
             argument = Argument(op, name, tensor)
             check = checks.check_next_input if name == "next_input" else checks.check_output
             check(argument, x_t)
-            for other in [*others, model_output, *given]:
+            for other in others:
                 same = (name, other.name) in _MAY_BE_THE_SAME
                 checks.check_no_overlap(argument, other, same_view_allowed=same)
             others.append(argument)

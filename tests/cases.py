@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import GaussianDiffusion
+from ddpm_fast import GaussianDiffusion, ops
 from ddpm_fast.ops import ROW, compute_dtype
+from ddpm_fast.solvers import StepTable
 
 LAYOUTS = ("contiguous", "channels_last", "slice_of_batch", "slice_of_channels")
 INPUT_LAYOUTS = (*LAYOUTS, "expanded")
@@ -63,22 +65,28 @@ def reverse_step_case(
     x0_prev: bool = False,
     per_sample: bool = False,
     guided: bool = False,
+    rescaled: bool = False,
+    thresholded: bool = False,
+    masked: bool = False,
     clip: float | None = 1.0,
     device: torch.device | str = "cpu",
 ) -> ReverseStepCase:
     """A step with random rows, so that every coefficient takes part.
 
     ``noise`` is "given", "drawn" or "none"; ``per_sample`` gives every sample a step, a seed and,
-    for each row, a guidance scale of its own.
+    for each row, a guidance scale of its own. ``rescaled`` adds to a guided step a factor,
+    ``thresholded`` puts a threshold in place of the clamp, and ``masked`` keeps what is known.
     """
     samples, channels = shape[:2]
     asked = samples * (2 if guided else 1)
     output_shape = (asked, channels * (2 if learned else 1), *shape[2:])
     rows = randn((5, len(ROW)), seed + 1, compute_dtype(dtype))
     rows[:, ROW.index("timestep")] = torch.tensor([999.0, 500.0, 17.0, 1.0, 0.0], dtype=rows.dtype)
+    rows[:, ROW.index("stream")] = torch.tensor([1.0, 1.0, 65535.0, 3.0, 4.0], dtype=rows.dtype)
     rows[:, ROW.index("sigma")].abs_()
     rows[2, ROW.index("sigma")] = 0
     rows[3, ROW.index("mean_from_x0_prev")] = 0
+    rows[3, ROW.index("known_sigma")] = 0
     step = torch.arange(samples) % 5 if per_sample else torch.tensor(seed % 5)
 
     kwargs: dict[str, Any] = {"clip": clip}
@@ -91,6 +99,15 @@ def reverse_step_case(
     if guided:
         scale_shape = (5, samples) if per_sample else (1, 1)
         kwargs["guidance_scale"] = randn(scale_shape, seed + 6, rows.dtype).to(device)
+    if guided and rescaled:
+        kwargs["guidance_factor"] = randn((samples,), seed + 7, rows.dtype).to(device)
+    if thresholded:
+        kwargs["threshold"] = 0.5 + randn((samples,), seed + 8, rows.dtype).abs().to(device)
+        kwargs["clip"] = None
+    if masked:
+        kwargs["known"] = laid_out(randn(shape, seed + 9, dtype), layout).to(device)
+        mask = (2 * randn(shape, seed + 10)).clamp(0, 1)  # mostly zeros and ones
+        kwargs["mask"] = laid_out(mask.to(dtype), layout).to(device)
     if x0_prev:
         kwargs["x0_prev"] = laid_out(randn(shape, seed + 3, dtype), layout).to(device)
     x_t = laid_out(randn(shape, seed + 4, dtype).to(device), layout)
@@ -110,6 +127,30 @@ def written_tensors(case: ReverseStepCase) -> dict[str, Tensor]:
         "next_step": torch.full_like(step, 7),
         "next_t": step.new_full((asked,), 7),
     }
+
+
+def walk(
+    table: StepTable,
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    noise: Sequence[Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """The states that a table's steps lead to from ``x``, with a step's noise where it is given."""
+    rows = table.to(x.device, compute_dtype(x.dtype))
+    pred_xstart = torch.zeros_like(x)
+    for i, t in enumerate(table.timesteps):
+        output = model(x, torch.full((len(x),), t, device=x.device))
+        x = ops.reverse_step(
+            x,
+            output,
+            rows,
+            torch.tensor(i, device=x.device),
+            noise=None if noise is None else noise[i],
+            x0_prev=pred_xstart,
+            pred_xstart=pred_xstart,
+            clip=table.clip,
+        )
+        yield x
 
 
 class GaussianModel(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -38,3 +40,12 @@ def native(device: torch.device) -> str:
     if device.type not in _extension.native_devices:
         pytest.skip(f"no native backend for {device}: {_extension.reason}")
     return "native"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

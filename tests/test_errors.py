@@ -21,7 +21,8 @@ def step_arguments() -> Arguments:
 
 
 def drawn_step_arguments() -> Arguments:
-    case = reverse_step_case((2, 3, 4, 4), noise="drawn", x0_prev=True, guided=True)
+    options = {"x0_prev": True, "guided": True, "rescaled": True, "masked": True}
+    case = reverse_step_case((2, 3, 4, 4), noise="drawn", thresholded=True, **options)
     names = ("x_t", "model_output", "rows", "step")
     written = {"out": torch.zeros(2, 3, 4, 4), **written_tensors(case)}
     return dict(zip(names, case.args, strict=True)) | case.kwargs | written
@@ -78,6 +79,7 @@ META = torch.zeros(2, 3, 4, 4, device="meta")
 WIDE = torch.zeros(2, 3, 8, 8)
 INDEX = torch.zeros(4, dtype=torch.int64)
 SCALE = torch.ones(1, 1)
+GUIDED = {"guidance_scale": SCALE, "model_output": torch.zeros(4, 3, 4, 4)}
 FLAT, SHIFTED = (WIDE.flatten()[i : i + 96].view(2, 3, 4, 4) for i in (0, 5))
 
 CASES = [
@@ -131,14 +133,14 @@ CASES = [
     ),
     step(lambda a: {"rows": a["rows"].double()}, TypeError, "rows must be float32; got float64"),
     step(
-        lambda a: {"rows": a["rows"][:, :9]},
+        lambda a: {"rows": a["rows"][:, :12]},
         ValueError,
-        "rows must be contiguous with shape [number of rows, 10]; got [5, 9] with strides [10, 1]",
+        "rows must be contiguous with shape [number of rows, 13]; got [5, 12] with strides [13, 1]",
     ),
     step(
         lambda a: {"rows": a["rows"].t().contiguous().t()},
         ValueError,
-        "rows must be contiguous with shape [number of rows, 10]; got [5, 10] with strides [1, 5]",
+        "rows must be contiguous with shape [number of rows, 13]; got [5, 13] with strides [1, 5]",
     ),
     step(lambda a: {"step": a["step"].int()}, TypeError, "step must be int64; got int32"),
     step(
@@ -181,6 +183,54 @@ CASES = [
         "got shape [2, 3, 4, 4] with strides [192, 64, 16, 2]",
     ),
     step(lambda a: {"clip": -1.0}, ValueError, "clip must be positive, or None; got -1"),
+    step(lambda a: {"threshold": torch.ones(2)}, ValueError, "give clip or threshold, not both"),
+    step(
+        lambda a: {"threshold": torch.ones(3), "clip": None},
+        ValueError,
+        "threshold must have shape [2]; got [3]",
+    ),
+    step(
+        lambda a: {"threshold": torch.ones(2).half(), "clip": None},
+        TypeError,
+        "threshold must be float32; got float16",
+    ),
+    step(
+        lambda a: {"guidance_factor": torch.ones(2)},
+        ValueError,
+        "guidance_factor needs a guidance_scale",
+    ),
+    step(
+        lambda a: {"guidance_factor": SCALE} | GUIDED,
+        ValueError,
+        "guidance_factor must have shape [2]; got [1, 1]",
+    ),
+    step(lambda a: {"known": a["x_t"]}, ValueError, "known and mask must be given together"),
+    step(lambda a: {"mask": a["x_t"]}, ValueError, "known and mask must be given together"),
+    step(
+        lambda a: {"known": a["x_t"], "mask": a["x_t"].bool()},
+        TypeError,
+        "mask must be float32; got bool",
+    ),
+    step(
+        lambda a: {"known": a["x_t"], "mask": a["x_t"][:, :1]},
+        ValueError,
+        "mask must have the shape of x_t; got [2, 1, 4, 4] and [2, 3, 4, 4]",
+    ),
+    step(
+        lambda a: {"known": META, "mask": a["x_t"]},
+        ValueError,
+        "known must be on the device of x_t; got meta and cpu",
+    ),
+    step(
+        lambda a: {"known": FLAT, "mask": a["noise"], "out": FLAT},
+        ValueError,
+        "out must not overlap the memory of known",
+    ),
+    step(
+        lambda a: {"known": FLAT, "mask": a["noise"], "pred_xstart": a["noise"]},
+        ValueError,
+        "pred_xstart must not overlap the memory of noise",
+    ),
     step(lambda a: {"clip": 0.0}, ValueError, "clip must be positive, or None; got 0"),
     step(lambda a: {"clip": float("nan")}, ValueError, "clip must be positive, or None; got nan"),
     step(

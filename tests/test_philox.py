@@ -153,6 +153,7 @@ def test_dtypes_round_the_same_numbers(device: torch.device, backend: str) -> No
 def test_prefix_and_batch_do_not_matter(
     shape: tuple[int, ...], device: torch.device, backend: str
 ) -> None:
+    """Nor, on a GPU, how many multiprocessors share the work: pytorch#87992, #196613."""
     whole = normals((5, 5000), device, backend)
     part = normals(shape, device, backend)
     assert part.shape == shape

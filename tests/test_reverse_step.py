@@ -44,6 +44,9 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> ReverseStepCase:
         x0_prev=draw(st.booleans()),
         per_sample=draw(st.booleans()),
         guided=draw(st.booleans()),
+        rescaled=draw(st.booleans()),
+        thresholded=draw(st.booleans()),
+        masked=draw(st.booleans()),
         clip=draw(st.sampled_from([None, 0.5, 1.0])),
         device=device,
     )
@@ -93,13 +96,14 @@ def test_drawn_noise_is_philox_normal(case: ReverseStepCase) -> None:
     x_t, _, rows, step = case.args
     if case.kwargs.get("seed") is None or x_t.dtype not in (torch.float32, torch.float64):
         return
+    rows[:, ROW.index("stream")] = ops.STREAMS["resampled"]
     drawn = ops.reverse_step(*case.args, **case.kwargs)
     noise = ops.philox_normal(
         tuple(x_t.shape),
         seed=case.kwargs["seed"],
         sample_index=case.kwargs["sample_index"],
         timestep=rows[:, ROW.index("timestep")].long()[step],
-        stream=ops.STREAMS["reverse"],
+        stream=ops.STREAMS["resampled"],
         dtype=x_t.dtype,
     )
     given_noise = {k: v for k, v in case.kwargs.items() if k not in ("seed", "sample_index")}
@@ -118,9 +122,14 @@ def formula(case: ReverseStepCase) -> torch.Tensor:
             scale = case.kwargs["guidance_scale"].double().cpu()
             uncond = output[n + len(x_t), : x_t.shape[1]]
             out = uncond + scale[i % len(scale), n % scale.shape[1]] * (out - uncond)
+        if "guidance_factor" in case.kwargs:
+            out = out * case.kwargs["guidance_factor"][n].double().cpu()
         x0 = row["x0_from_xt"] * x_t[n] + row["x0_from_out"] * out
         if case.kwargs["clip"] is not None:
             x0 = x0.clamp(-case.kwargs["clip"], case.kwargs["clip"])
+        if "threshold" in case.kwargs:
+            s = case.kwargs["threshold"][n].double().cpu()
+            x0 = x0.clamp(-s, s) / s
         x = row["mean_from_x0"] * x0 + row["mean_from_xt"] * x_t[n] + row["mean_from_out"] * out
         if "x0_prev" in case.kwargs:
             x += row["mean_from_x0_prev"] * case.kwargs["x0_prev"][n].double().cpu()
@@ -128,8 +137,12 @@ def formula(case: ReverseStepCase) -> torch.Tensor:
         if v.numel():
             low, high = row["min_log_variance"], row["max_log_variance"]
             stddev = stddev * torch.exp((low + (v + 1) / 2 * (high - low)) / 2)
-        if "noise" in case.kwargs:
-            x += stddev * case.kwargs["noise"][n].double().cpu()
+        noise = case.kwargs["noise"][n].double().cpu()
+        x += stddev * noise
+        if "mask" in case.kwargs:
+            mask, known = (case.kwargs[name][n].double().cpu() for name in ("mask", "known"))
+            kept = row["known_from_x0"] * known + row["known_sigma"] * noise
+            x = mask * kept + (1 - mask) * x
         result[n] = x
     return result
 
@@ -138,11 +151,13 @@ def formula(case: ReverseStepCase) -> torch.Tensor:
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("edited", [False, True])
 def test_step_is_the_formula(
     dtype: torch.dtype,
     learned: bool,
     per_sample: bool,
     guided: bool,
+    edited: bool,
     device: torch.device,
     backend: str,
 ) -> None:
@@ -150,6 +165,9 @@ def test_step_is_the_formula(
         "learned": learned,
         "per_sample": per_sample,
         "guided": guided,
+        "rescaled": edited,
+        "thresholded": edited,
+        "masked": edited,
         "x0_prev": True,
     }
     case = reverse_step_case((5, 3, 7, 9), dtype=dtype, device=device, seed=3, **options)
@@ -191,6 +209,7 @@ def test_forms_and_layouts_agree(
 ) -> None:
     """Functional, out and in place, in every layout: the same bytes."""
     options: dict[str, Any] = {"dtype": dtype, "noise": noise, "x0_prev": True, "learned": True}
+    options |= {"masked": True}
     shape = (3, 3, 9, 7)
     plain = reverse_step_case(shape, device=device, **options)
     case = reverse_step_case(shape, layout=layout, device=device, **options)
@@ -273,6 +292,45 @@ def test_clamp_passes_nan_on(device: torch.device, backend: str) -> None:
     assert int(x_prev.isnan().sum()) == 1
 
 
+def test_a_mask_chooses_what_is_read(device: torch.device, backend: str) -> None:
+    """Where it is 0, what is known may be anything; where it is 1, the network's output may."""
+    case = reverse_step_case(masked=True, device=device)
+    x_t, output, rows, _ = case.args
+    mask = (torch.arange(x_t.numel(), device=device) % 2).to(x_t).reshape(x_t.shape)
+    case.kwargs["mask"] = mask
+    expected = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
+    case.kwargs["known"][mask == 0] = torch.nan
+    output[mask == 1] = torch.nan
+    assert torch.equal(ops.reverse_step(*case.args, **case.kwargs, backend=backend), expected)
+
+    row = dict(zip(ROW, rows[0], strict=True))
+    known, noise = case.kwargs["known"], case.kwargs["noise"]
+    kept = row["known_from_x0"] * known + row["known_sigma"] * noise
+    torch.testing.assert_close(expected[mask == 1], kept[mask == 1])
+
+
+def test_what_is_known_is_noised_by_a_step_without_noise(
+    device: torch.device, backend: str
+) -> None:
+    """DDIM's sigma is 0, yet what is known must come as noisy as the rest."""
+    case = reverse_step_case(masked=True, seed=2, noise="drawn", device=device)
+    case.kwargs["mask"].fill_(1)
+    known = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
+    row = dict(zip(ROW, case.args[2][2], strict=True))
+    assert row["sigma"] == 0
+    noise = (known - row["known_from_x0"] * case.kwargs["known"]) / row["known_sigma"]
+    assert 0.8 < float(noise.std()) < 1.2 and float(noise.mean().abs()) < 0.2
+
+
+def test_a_mask_may_be_expanded(device: torch.device, backend: str) -> None:
+    case = reverse_step_case(masked=True, noise="drawn", device=device)
+    flat = case.kwargs["mask"][:1, :1].clone()
+    case.kwargs["mask"] = flat.expand(case.x_t.shape)
+    spread = ops.reverse_step(*case.args, **case.kwargs, backend=backend)
+    case.kwargs["mask"] = flat.expand(case.x_t.shape).contiguous()
+    assert torch.equal(spread, ops.reverse_step(*case.args, **case.kwargs, backend=backend))
+
+
 def test_zero_coefficients_read_nothing(device: torch.device, backend: str) -> None:
     """Infinite outputs are clamped, and unwritten noise and history do not matter."""
     case = reverse_step_case(x0_prev=True, device=device)
@@ -303,7 +361,7 @@ def test_more_than_2_to_31_bytes(device: torch.device, native: str) -> None:
     dtype, shape = torch.float16, (1, 2, 2**15, 2**15 + 1)
     x = torch.zeros(shape, dtype=dtype, device=device)
     rows = torch.zeros(1, len(ROW), device=device)
-    rows[0, ROW.index("sigma")] = 1
+    rows[0, ROW.index("sigma")], rows[0, ROW.index("stream")] = 1, 1
     seed, index = torch.tensor(3, device=device), torch.tensor([5], device=device)
     step = torch.tensor(0, device=device)
     ops.reverse_step(x, x.clone(), rows, step, seed=seed, sample_index=index, out=x, backend=native)
@@ -324,24 +382,21 @@ def test_more_than_2_to_31_bytes(device: torch.device, native: str) -> None:
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("noise", ["given", "drawn", "none"])
 @pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("edited", [False, True])
 def test_gradients(
-    learned: bool, noise: str, guided: bool, device: torch.device, backend: str
+    learned: bool, noise: str, guided: bool, edited: bool, device: torch.device, backend: str
 ) -> None:
     options: dict[str, Any] = {"learned": learned, "noise": noise, "guided": guided}
+    options |= {"rescaled": edited, "thresholded": edited, "masked": edited}
     options |= {"x0_prev": True, "per_sample": guided}
     case = reverse_step_case((2, 2, 3), dtype=torch.float64, device=device, **options)
     x_t, output, rows, step = case.args
-    tensors = [x_t, output, case.kwargs.pop("x0_prev")]
-    if noise == "given":
-        tensors.append(case.kwargs.pop("noise"))
+    names = [name for name in ("x0_prev", "noise", "known") if name in case.kwargs]
+    tensors = [x_t, output, *(case.kwargs[name] for name in names)]
 
-    def step_of(
-        x: torch.Tensor, out: torch.Tensor, x0: torch.Tensor, z: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        given_noise = {} if z is None else {"noise": z}
-        return ops.reverse_step(
-            x, out, rows, step, x0_prev=x0, **given_noise, **case.kwargs, backend=backend
-        )
+    def step_of(x: torch.Tensor, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        kwargs = case.kwargs | dict(zip(names, inputs, strict=True))
+        return ops.reverse_step(x, out, rows, step, **kwargs, backend=backend)
 
     assert torch.autograd.gradcheck(step_of, [t.requires_grad_() for t in tensors])
 
@@ -361,10 +416,14 @@ def test_gradients_stop_at_the_clamp(device: torch.device, backend: str) -> None
         torch.testing.assert_close(grad, through_xstart * inside + row[f"mean_from_{part}"])
 
 
+SOURCES = ("noise", "seed", "sample_index", "x0_prev")
+NUMBERS = ("guidance_scale", "guidance_factor", "threshold")
+OPTIONS = (*SOURCES, *NUMBERS, "known", "mask", "clip")
 OPCHECK_CASES = [
     {"noise": "drawn", "learned": True, "x0_prev": True},
     {"noise": "given", "layout": "channels_last"},
     {"noise": "none", "dtype": torch.bfloat16, "per_sample": True},
+    {"noise": "drawn", "guided": True, "rescaled": True, "thresholded": True, "masked": True},
 ]
 
 
@@ -377,8 +436,7 @@ def test_opcheck(
     if grad and form != "functional":
         pytest.skip("only the functional form carries gradients")
     case = reverse_step_case(device=device, **options)
-    names = ("noise", "seed", "sample_index", "x0_prev", "guidance_scale", "clip")
-    inputs = *case.args, *(case.kwargs.get(name) for name in names)
+    inputs = *case.args, *(case.kwargs.get(name) for name in OPTIONS)
     if grad:
         inputs[0].requires_grad_(), inputs[1].requires_grad_()
     op = torch.ops.ddpm_fast

@@ -108,23 +108,6 @@ DDPM_INLINE void store(const View<Target>& view, const Block& block, int64_t pix
                });
 }
 
-template <class T>
-DDPM_INLINE void store_any(const AnyView& view, const Block& block, int64_t pixels,
-                           const T* values) {
-  if constexpr (std::is_same_v<T, double>) {
-    store(view.as<double>(), block, pixels, values);
-  } else {
-    switch (view.dtype) {
-      case Dtype::kBFloat16:
-        return store(view.as<c10::BFloat16>(), block, pixels, values);
-      case Dtype::kFloat16:
-        return store(view.as<c10::Half>(), block, pixels, values);
-      default:
-        return store(view.as<float>(), block, pixels, values);
-    }
-  }
-}
-
 // Asks for one of the parts of the block that lies behind this one in memory.
 template <class T>
 DDPM_INLINE void prefetch_next(const View<T>& view, const Block& block, int64_t pixels, int part) {

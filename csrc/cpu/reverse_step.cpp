@@ -12,7 +12,7 @@ struct ReverseStepBlock {
     const int64_t pixels = k.shape.pixels;
     // Copies, as what is written below might else be thought to change them.
     const StepRow<T> row = k.row(k.step[block.sample]);
-    const T clip = k.clip;
+    const T clip = k.clip_of(block.sample);
     T x_buffer[kBlock], out_buffer[kBlock], extra_buffer[kBlock], noise_buffer[kBlock];
     T xstart[kBlock], mean_buffer[kBlock];
 
@@ -20,12 +20,15 @@ struct ReverseStepBlock {
     const T* out = load(k.model_output, block, pixels, out_buffer);
     if (k.guidance.present()) {
       const T w = k.guidance.at(k.step[block.sample], block.sample);
+      const T factor = k.factor_of(block.sample);
       const T* uncond = load(k.model_output, unconditional(k, block), pixels, extra_buffer);
-      for (int i = 0; i < block.size; ++i) out_buffer[i] = guide(w, out[i], uncond[i]);
+      for (int i = 0; i < block.size; ++i) {
+        out_buffer[i] = guide(w, out[i], uncond[i]) * factor;
+      }
       out = out_buffer;
     }
     T* mean = target(k.out, block, pixels, mean_buffer);
-    if (is_usual(row) && !k.pred_xstart.present()) {
+    if (is_usual(row) && !k.pred_xstart.present() && !k.threshold.present()) {
       DDPM_INDEPENDENT
       for (int i = 0; i < block.size; ++i) {
         const T predicted = predict_xstart<true>(row, x_t[i], out[i], clip);
@@ -34,9 +37,14 @@ struct ReverseStepBlock {
     } else {
       DDPM_INDEPENDENT
       for (int i = 0; i < block.size; ++i) {
-        const T x = x_t[i], predicted = predict_xstart(row, x, out[i], clip);
-        xstart[i] = predicted;
-        mean[i] = step_mean(row, predicted, x, out[i]);
+        xstart[i] = predict_xstart(row, x_t[i], out[i], clip);
+      }
+      if (k.threshold.present()) {
+        for (int i = 0; i < block.size; ++i) xstart[i] /= clip;
+      }
+      DDPM_INDEPENDENT
+      for (int i = 0; i < block.size; ++i) {
+        mean[i] = step_mean(row, xstart[i], x_t[i], out[i]);
       }
     }
     if (k.x0_prev.present()) {
@@ -44,20 +52,32 @@ struct ReverseStepBlock {
       for (int i = 0; i < block.size; ++i) mean[i] += term(row.mean_from_x0_prev, x0_prev[i]);
     }
     if (k.pred_xstart.present()) store(k.pred_xstart, block, pixels, xstart);
+    const T* noise = nullptr;
     if (k.draws_noise(row)) {
-      draw_normals(k.source.key(block.sample, static_cast<int64_t>(row.timestep), kReverse), block,
-                   k.shape, noise_buffer, k.x_t, k.model_output, k.out);
-      add_noise(k, row, block, noise_buffer, extra_buffer, mean);
+      draw_normals(k.noise_key(block.sample, row), block, k.shape, noise_buffer, k.x_t,
+                   k.model_output, k.out);
+      noise = noise_buffer;
     } else if (k.reads_noise(row)) {
-      add_noise(k, row, block, load(k.noise, block, pixels, noise_buffer), extra_buffer, mean);
+      noise = load(k.noise, block, pixels, noise_buffer);
+    }
+    if (noise != nullptr && row.sigma != T(0)) add_noise(k, row, block, noise, extra_buffer, mean);
+    if (k.known.present()) {
+      const T* known = load(k.known, block, pixels, x_buffer);
+      const T* mask = load(k.mask, block, pixels, out_buffer);
+      for (int i = 0; i < block.size; ++i) {
+        const T z = noise == nullptr ? T(0) : noise[i];
+        const T kept = term(row.known_from_x0, known[i]) + term(row.known_sigma, z);
+        mean[i] = keep_known(mask[i], kept, mean[i]);
+      }
     }
     store(k.out, block, pixels, mean);
     if constexpr (!std::is_same_v<T, typename K::State>) {
       if (k.next_input.present()) load(k.out, block, pixels, mean);
     }
     for (int64_t copy = 0; copy < k.next_input_copies; ++copy) {
-      const int64_t sample = block.sample + copy * k.shape.samples;
-      store_any(k.next_input, Block{sample, block.first, block.size}, pixels, mean);
+      const Block there{block.sample + copy * k.shape.samples, block.first, block.size};
+      k.next_input.template visit<T>([&](const auto& view)
+                                         DDPM_LAMBDA_INLINE { store(view, there, pixels, mean); });
     }
   }
 

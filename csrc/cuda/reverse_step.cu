@@ -7,12 +7,14 @@
 namespace ddpm_fast::cuda {
 namespace {
 
-// Without history, guidance, a learned variance or more to write than x_prev, and with noise drawn
-// in the kernel: so common that it has a kernel of its own, in which nothing asks for any of these.
+// Without history, guidance, a threshold, a mask, a learned variance or more to write than x_prev,
+// and with noise drawn in the kernel: so common that it has a kernel of its own, in which nothing
+// asks for any of these.
 template <class K>
 bool is_plain(const K& k) {
   return k.source.present() && !k.reads_variance && !k.x0_prev.present() && !k.guidance.present() &&
-         !k.pred_xstart.present() && !k.next_input.present();
+         !k.threshold.present() && !k.known.present() && !k.pred_xstart.present() &&
+         !k.next_input.present();
 }
 
 template <bool kPlain>
@@ -44,7 +46,8 @@ struct ReverseStepBody {
     }
     if (!kPlain && k.guidance.present()) guide_output(k, item, step, out);
     is_usual(row) ? take_step<true>(k, item, row, out, x) : take_step<false>(k, item, row, out, x);
-    if (noisy) add_noise(k, item, row, noise, x);
+    if (kPlain || (noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
+    if (!kPlain && k.known.present()) restore_known(k, item, row, noisy, noise, x);
     item.store(k.out, x);
     if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
     if (item.first == 0) k.advance(item.sample);
@@ -54,8 +57,7 @@ struct ReverseStepBody {
   static DDPM_HOST_DEVICE void take_noise(const K& k, const Item& item, const StepRow<T>& row,
                                           T (&noise)[kVec]) {
     if (kPlain || k.source.present()) {
-      const auto timestep = static_cast<int64_t>(row.timestep);
-      draw_normals(k.source.key(item.sample, timestep, kReverse), item, noise);
+      draw_normals(k.noise_key(item.sample, row), item, noise);
     } else {
       item.load(k.noise, noise);
     }
@@ -65,10 +67,13 @@ struct ReverseStepBody {
   template <bool kUsual, class K, class Item, class T, int kVec>
   static DDPM_HOST_DEVICE void take_step(const K& k, const Item& item, const StepRow<T>& row,
                                          const T (&out)[kVec], T (&x)[kVec]) {
+    const bool thresholded = !kPlain && k.threshold.present();
+    const T clip = thresholded ? k.threshold[item.sample] : k.clip;
     T xstart[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      xstart[i] = predict_xstart<kUsual>(row, x[i], out[i], k.clip);
+      xstart[i] = predict_xstart<kUsual>(row, x[i], out[i], clip);
+      if (thresholded) xstart[i] /= clip;
       x[i] = step_mean<kUsual>(row, xstart[i], x[i], out[i]);
     }
     if (!kPlain && k.x0_prev.present()) add_history(k, item, row, x);
@@ -77,12 +82,12 @@ struct ReverseStepBody {
 
   template <class K, class Item, class T, int kVec>
   static DDPM_HOST_DEVICE void guide_output(const K& k, Item item, int64_t step, T (&out)[kVec]) {
-    const T w = k.guidance.at(step, item.sample);
+    const T w = k.guidance.at(step, item.sample), factor = k.factor_of(item.sample);
     T uncond[kVec];
     item.sample += k.shape.samples;
     item.load(k.model_output, uncond);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) out[i] = guide(w, out[i], uncond[i]);
+    for (int i = 0; i < kVec; ++i) out[i] = guide(w, out[i], uncond[i]) * factor;
   }
 
   template <class K, class Item, class T, int kVec>
@@ -108,31 +113,28 @@ struct ReverseStepBody {
     }
   }
 
+  template <class K, class Item, class T, int kVec>
+  static DDPM_HOST_DEVICE void restore_known(const K& k, const Item& item, const StepRow<T>& row,
+                                             bool noisy, const T (&noise)[kVec], T (&x)[kVec]) {
+    T known[kVec], mask[kVec];
+    item.load(k.known, known);
+    item.load(k.mask, mask);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const T z = noisy ? noise[i] : T(0);
+      const T kept = term(row.known_from_x0, known[i]) + term(row.known_sigma, z);
+      x[i] = keep_known(mask[i], kept, x[i]);
+    }
+  }
+
   // The network reads what the state holds, rounded to the state's type.
   template <class K, class Item, class T, int kVec>
   static DDPM_HOST_DEVICE void store_next_input(const K& k, Item item, T (&x)[kVec]) {
 #pragma unroll
     for (T& value : x) value = static_cast<T>(static_cast<typename K::State>(value));
     for (int64_t copy = 0; copy < k.next_input_copies; ++copy) {
-      store_any(k.next_input, item, x);
+      k.next_input.template visit<T>([&](const auto& view) { item.store(view, x); });
       item.sample += k.shape.samples;
-    }
-  }
-
-  template <class Item, class T, int kVec>
-  static DDPM_HOST_DEVICE void store_any(const AnyView& view, const Item& item,
-                                         const T (&x)[kVec]) {
-    if constexpr (std::is_same_v<T, double>) {
-      item.store(view.as<double>(), x);
-    } else {
-      switch (view.dtype) {
-        case Dtype::kBFloat16:
-          return item.store(view.as<c10::BFloat16>(), x);
-        case Dtype::kFloat16:
-          return item.store(view.as<c10::Half>(), x);
-        default:
-          return item.store(view.as<float>(), x);
-      }
     }
   }
 };
@@ -143,7 +145,7 @@ template <class State, class Output>
 void launch(const ReverseStepKernel<State, Output>& k, cudaStream_t stream) {
   const auto run = [&](auto body) {
     for_each_item<decltype(body), State>(k, stream, k.x_t, k.model_output, k.noise, k.x0_prev,
-                                         k.out, k.pred_xstart, k.next_input);
+                                         k.known, k.mask, k.out, k.pred_xstart, k.next_input);
   };
   is_plain(k) ? run(ReverseStepBody<true>{}) : run(ReverseStepBody<false>{});
 }
