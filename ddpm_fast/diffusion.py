@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .schedules import named_betas
+from .schedules import named_betas, rescale_zero_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -31,9 +32,14 @@ class GaussianDiffusion:
             (Nichol & Dhariwal 2021, eq. 15). None chooses by the chain's length: ``fixed_large``
             for all T steps, ``fixed_small`` for fewer (Song et al. 2021, Table 1).
         clip_denoised: clamp the predicted x_start to [-1, 1] in every step.
+        dynamic_thresholding_ratio: in (0, 1]; clamp it to [-s, s] instead and divide it by s, the
+            quantile of this ratio of each sample's absolute values, or 1 where that is less
+            (Saharia et al. 2022, arXiv 2205.11487, section 2.3).
+        sample_max_value: the largest s, at least 1; None sets no bound.
 
     Raises:
-        ValueError: betas that are empty, not finite or outside (0, 1]; an unknown option.
+        ValueError: betas that are empty, not finite or outside (0, 1]; an unknown option, or one
+            that is out of range or contradicts another.
     """
 
     def __init__(
@@ -43,15 +49,19 @@ class GaussianDiffusion:
         prediction_type: str = "epsilon",
         variance_type: str | None = None,
         clip_denoised: bool = True,
+        dynamic_thresholding_ratio: float | None = None,
+        sample_max_value: float | None = None,
     ) -> None:
         _check_option("prediction_type", prediction_type, PREDICTION_TYPES)
         if variance_type is not None:
             _check_option("variance_type", variance_type, VARIANCE_TYPES)
-        if not isinstance(clip_denoised, bool):
-            raise ValueError(f"clip_denoised must be True or False; got {clip_denoised!r}")
+        _check_flag("clip_denoised", clip_denoised)
+        _check_thresholding(clip_denoised, dynamic_thresholding_ratio, sample_max_value)
         self.prediction_type = prediction_type
         self.variance_type = variance_type
         self.clip_denoised = clip_denoised
+        self.dynamic_thresholding_ratio = dynamic_thresholding_ratio
+        self.sample_max_value = sample_max_value
         self._schedule: dict[str, Any] | None = None
         if betas is None:
             self._schedule = {
@@ -70,6 +80,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        # Infinite where no signal is left.
         self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
 
@@ -95,25 +106,48 @@ class GaussianDiffusion:
         *,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
+        rescale_betas_zero_snr: bool = False,
         **options: Any,
     ) -> GaussianDiffusion:
-        """A diffusion with the betas of :func:`ddpm_fast.schedules.named_betas`."""
-        ends = {"beta_start": beta_start, "beta_end": beta_end}
-        diffusion = cls(named_betas(beta_schedule, num_timesteps, **ends), **options)
-        diffusion._schedule = {
+        """A diffusion with the betas of :func:`ddpm_fast.schedules.named_betas`.
+
+        ``rescale_betas_zero_snr`` passes them through
+        :func:`ddpm_fast.schedules.rescale_zero_terminal_snr`.
+
+        Raises:
+            ValueError: as these two functions and the class.
+        """
+        _check_flag("rescale_betas_zero_snr", rescale_betas_zero_snr)
+        schedule = {
             "beta_schedule": beta_schedule,
             "num_timesteps": num_timesteps,
-            **ends,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
         }
+        betas = named_betas(**schedule)  # type: ignore[arg-type]
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+            schedule["rescale_betas_zero_snr"] = True
+        diffusion = cls(betas, **options)
+        diffusion._schedule = schedule
         return diffusion
 
     def config(self) -> dict[str, Any]:
-        """A JSON-able description from which :meth:`from_config` builds the same diffusion."""
+        """A JSON-able description from which :meth:`from_config` builds the same diffusion.
+
+        Zero-terminal SNR and dynamic thresholding stand in it only where they are in use, so that
+        it equals the description in a checkpoint that does not know of them.
+        """
+        thresholding = {
+            "dynamic_thresholding_ratio": self.dynamic_thresholding_ratio,
+            "sample_max_value": self.sample_max_value,
+        }
         return {
             **(self._schedule or {"betas": self.betas.tolist()}),
             "prediction_type": self.prediction_type,
             "variance_type": self.variance_type,
             "clip_denoised": self.clip_denoised,
+            **{name: value for name, value in thresholding.items() if value is not None},
         }
 
     @classmethod
@@ -192,19 +226,19 @@ class GaussianDiffusion:
 
         For epsilon: (x_t - sqrt(1 - abar) eps) / sqrt(abar), Ho et al. 2020, eq. 15; for
         v_prediction: sqrt(abar) x_t - sqrt(1 - abar) v, Salimans & Ho 2022, appendix D. All
-        tensors ``[N, C, ...]``, ``t`` int64 ``[N]``.
+        tensors ``[N, C, ...]``, ``t`` int64 ``[N]``. With epsilon nothing follows where abar is 0.
         """
-        from_xt, from_out = self.xstart_coefs()
+        from_xt, from_out = self.xstart_coefs(self.alphas_cumprod)
         predicted = _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output
         return predicted.to(x_t.dtype)
 
-    def xstart_coefs(self) -> tuple[Tensor, Tensor]:
-        """float64 ``[T]`` each: x_start = first[t] x_t + second[t] model_output."""
+    def xstart_coefs(self, abar: Tensor) -> tuple[Tensor, Tensor]:
+        """Like ``abar``, float64 ``[S]``: x_start = first x_t + second model_output."""
         if self.prediction_type == "epsilon":
-            return self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
+            return (1 / abar).sqrt(), -(1 / abar - 1).sqrt()
         if self.prediction_type == "sample":
-            return torch.zeros_like(self.betas), torch.ones_like(self.betas)
-        return self.sqrt_alphas_cumprod, -self.sqrt_one_minus_alphas_cumprod
+            return torch.zeros_like(abar), torch.ones_like(abar)
+        return abar.sqrt(), -(1 - abar).sqrt()
 
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should output for ``q_sample(x_start, t, noise)``; like ``x_start``."""
@@ -276,3 +310,21 @@ def _checked_betas(betas: Tensor) -> Tensor:
 def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def _check_thresholding(clip_denoised: bool, ratio: float | None, ceiling: float | None) -> None:
+    if ratio is None:
+        if ceiling is not None:
+            raise ValueError("sample_max_value needs a dynamic_thresholding_ratio")
+        return
+    if not clip_denoised:
+        raise ValueError("dynamic_thresholding_ratio is a way to clamp: it needs clip_denoised")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio must lie in (0, 1]; got {ratio}")
+    if ceiling is not None and not (1 <= ceiling < math.inf):
+        raise ValueError(f"sample_max_value must be finite and at least 1; got {ceiling}")

@@ -62,6 +62,29 @@ def _squaredcos(num_timesteps: int, offset: float = 0.008, cap: float = 0.999) -
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=cap)
 
 
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """The betas whose last timestep is pure noise, float64 ``[T]``: its abar is exactly 0.
+
+    sqrt(abar) is shifted to end at 0 and scaled to start where it did; Lin et al. 2023
+    (arXiv 2305.08891), algorithm 1. Sampling from such a timestep needs a network that predicts
+    ``v_prediction`` or ``sample``.
+
+    Args:
+        betas: ``[T]``, each in (0, 1).
+
+    Raises:
+        ValueError: fewer than two betas, or one that is not finite or outside (0, 1).
+    """
+    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+    inside = (betas > 0) & (betas < 1)
+    if betas.dim() != 1 or len(betas) < 2 or not bool(inside.all()):
+        raise ValueError("only two betas or more, each in (0, 1), rescale to zero terminal SNR")
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = signal[0], signal[-1]
+    alphas_cumprod = ((signal - last) * (first / (first - last))) ** 2
+    return 1 - alphas_cumprod / torch.cat([betas.new_ones(1), alphas_cumprod[:-1]])
+
+
 def respace(
     num_timesteps: int,
     num_steps: int | None = None,

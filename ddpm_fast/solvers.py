@@ -7,42 +7,60 @@ Every sampler here is linear around one clamp, so a sampler is a function that f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .diffusion import GaussianDiffusion
-from .ops import ROW
+from .ops import ROW, STREAMS
 from .schedules import respace
+from .thresholding import Thresholding
 
 Spacing = str | Sequence[int]
 
 
 @dataclass(frozen=True)
 class StepTable:
-    """A sampling run, step by step, from the noisiest timestep to the cleanest.
+    """A run, step by step: sampling goes from the noisiest timestep to the cleanest.
 
     Attributes:
-        timesteps: what the network is told, strictly decreasing.
+        timesteps: what the network is told, strictly decreasing, or, for
+            :func:`ddim_inversion`, strictly increasing.
         rows: float64 ``[S, len(ROW)]`` on the CPU; rounded once, by :meth:`to`.
         clip: the clamp on the predicted x_start, or None.
         reads_variance: the rows expect a model with twice the channels.
+        thresholding: clamps the predicted x_start by its own size; ``clip`` is None then.
         draws_noise: some row's sigma is above zero.
+        has_history: some row reads the x_start that the step before it predicted.
     """
 
     timesteps: tuple[int, ...]
     rows: Tensor
     clip: float | None
     reads_variance: bool
+    thresholding: Thresholding | None = None
 
     @cached_property
     def draws_noise(self) -> bool:  # noqa: D102
         return bool((self.rows[:, ROW.index("sigma")] > 0).any())
 
+    @cached_property
+    def has_history(self) -> bool:  # noqa: D102
+        return bool((self.rows[:, ROW.index("mean_from_x0_prev")] != 0).any())
+
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def tail(self, start: int) -> StepTable:
+        """The steps from number ``start`` on, for a state that is already so far."""
+        rows = self.rows[start:].clone()
+        columns = dict(zip(ROW, rows[:1].unbind(1), strict=True))
+        # Its first step has no history: its own prediction stands in.
+        columns["mean_from_x0"] += columns["mean_from_x0_prev"]
+        columns["mean_from_x0_prev"].zero_()
+        return replace(self, timesteps=self.timesteps[start:], rows=rows)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The rows as a kernel reads them, rounded once.
@@ -144,6 +162,86 @@ def ddim(
     return chain.table(rows, reads_variance=chain.learned)
 
 
+def dpmpp_2m(
+    diffusion: GaussianDiffusion,
+    num_steps: int | None = None,
+    *,
+    timestep_spacing: Spacing = "trailing",
+) -> StepTable:
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: few steps, no noise.
+
+    A multistep solver of the second order in lambda = log(sqrt(abar) / sqrt(1 - abar)), which
+    reads the previous step's clamped x_start. The first step, which has none, and the last,
+    which leads to an infinite lambda, are of the first order.
+
+    Raises:
+        ValueError: as :func:`ddpm_fast.schedules.respace`.
+    """
+    chain = _Chain(diffusion, num_steps, timestep_spacing)
+    abar, prev = chain.abar, chain.abar_prev
+    h = _half_log_snr(prev) - _half_log_snr(abar)
+    # 1 / 2r with r = h_{i-1} / h_i; it is 0 behind a step out of pure noise, whose h is infinite.
+    extrapolation = torch.zeros_like(h)
+    extrapolation[1:-1] = h[1:-1] / (2 * h[:-2])
+    from_x0 = -prev.sqrt() * torch.expm1(-h)
+
+    rows = chain.rows()
+    rows["mean_from_x0"] = from_x0 * (1 + extrapolation)
+    rows["mean_from_x0_prev"] = -from_x0 * extrapolation
+    rows["mean_from_xt"] = ((1 - prev) / (1 - abar)).sqrt()
+    return chain.table(rows, reads_variance=chain.learned)
+
+
+def _half_log_snr(abar: Tensor) -> Tensor:
+    return (abar.log() - (1 - abar).log()) / 2
+
+
+def ddim_inversion(
+    diffusion: GaussianDiffusion,
+    num_steps: int | None = None,
+    *,
+    timestep_spacing: Spacing = "trailing",
+) -> StepTable:
+    """The noise that deterministic DDIM makes a sample of: its steps run backwards.
+
+    From x_0, where abar is 1, each step leads to the next noisier timestep, at which the network
+    is asked (Song et al. 2021, section 4.3). There is no clamp. With the same arguments
+    :func:`ddim` goes the same way back: exactly where the noise that the network predicts does
+    not change along a step, and else the more closely, the more steps there are.
+
+    Args:
+        diffusion: the process to follow, of epsilon or v_prediction.
+        num_steps: as for :func:`ddpm_fast.schedules.respace`.
+        timestep_spacing: as for :func:`ddpm_fast.schedules.respace`; a list decreases here too.
+
+    Raises:
+        ValueError: sample prediction, and as :func:`ddpm_fast.schedules.respace`.
+    """
+    if diffusion.prediction_type == "sample":
+        raise ValueError(
+            "ddim_inversion needs epsilon or v_prediction: "
+            "a prediction of x_0 leaves open which noise leads away from it"
+        )
+    chain = _Chain(diffusion, num_steps, timestep_spacing)
+    abar, ahead = chain.abar_prev, chain.abar
+    rows = chain.rows(start=abar, end=ahead)
+    rows["mean_from_x0"] = ahead.sqrt()
+    if diffusion.prediction_type == "epsilon":
+        rows["mean_from_out"] = (1 - ahead).sqrt()
+    else:
+        # eps = sqrt(abar) v + sqrt(1 - abar) x_t
+        rows["mean_from_out"] = ((1 - ahead) * abar).sqrt()
+        rows["mean_from_xt"] = ((1 - ahead) * (1 - abar)).sqrt()
+    table = chain.table(rows, reads_variance=chain.learned)
+    return replace(
+        table,
+        timesteps=table.timesteps[::-1],
+        rows=table.rows.flip(0),
+        clip=None,
+        thresholding=None,
+    )
+
+
 class _Chain:
     """The timesteps visited, each with its abar and that of the next one, behind the last 1."""
 
@@ -156,25 +254,42 @@ class _Chain:
         self.abar_prev = torch.cat([self.abar[1:], self.abar.new_ones(1)])
         self.learned = (diffusion.variance_type or "").startswith("learned")
 
-    def rows(self) -> dict[str, Tensor]:
-        """All columns, zero but for the timestep and the prediction of x_start."""
-        columns = {name: torch.zeros_like(self.abar) for name in ROW}
-        from_xt, from_out = self.diffusion.xstart_coefs()
-        columns["x0_from_xt"] = from_xt[self.timesteps]
-        columns["x0_from_out"] = from_out[self.timesteps]
+    def rows(self, start: Tensor | None = None, end: Tensor | None = None) -> dict[str, Tensor]:
+        """All columns, zero but for the prediction of x_start, the noise's key and what is known.
+
+        ``start`` and ``end`` are the abar that each step starts at and leads to.
+        """
+        start, end = self.abar if start is None else start, self.abar_prev if end is None else end
+        if self.diffusion.prediction_type == "epsilon" and not start.all():
+            raise ValueError(
+                f"no step can start at timestep {self.timesteps[int(start.argmin())]} with epsilon "
+                "prediction: alphas_cumprod is 0 there, and noise alone tells nothing of x_start; "
+                "use v_prediction or sample, or timesteps that leave it out"
+            )
+        columns = {name: torch.zeros_like(start) for name in ROW}
+        columns["x0_from_xt"], columns["x0_from_out"] = self.diffusion.xstart_coefs(start)
         columns["timestep"] = torch.tensor(self.timesteps, dtype=torch.float64, device="cpu")
+        columns["stream"] += STREAMS["reverse"]
+        columns["known_from_x0"] = end.sqrt()
+        columns["known_sigma"] = (1 - end).sqrt()
         return columns
 
     def table(self, columns: dict[str, Tensor], *, reads_variance: bool) -> StepTable:
+        thresholding = None
+        if self.diffusion.dynamic_thresholding_ratio is not None:
+            thresholding = Thresholding(
+                self.diffusion.dynamic_thresholding_ratio, self.diffusion.sample_max_value
+            )
         return StepTable(
             timesteps=tuple(self.timesteps),
             rows=torch.stack([columns[name] for name in ROW], dim=1),
-            clip=1.0 if self.diffusion.clip_denoised else None,
+            clip=1.0 if self.diffusion.clip_denoised and thresholding is None else None,
             reads_variance=reads_variance,
+            thresholding=thresholding,
         )
 
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 
 
 def step_table(
@@ -185,7 +300,7 @@ def step_table(
     eta: float = 0.0,
     timestep_spacing: Spacing = "trailing",
 ) -> StepTable:
-    """The table of a sampler by its name, ``ddpm`` or ``ddim``.
+    """The table of a sampler by its name: ``ddpm``, ``ddim`` or ``dpmpp_2m``.
 
     Raises:
         ValueError: an unknown sampler, ``eta`` for a sampler that has none, and what the
@@ -197,4 +312,5 @@ def step_table(
         return ddim(diffusion, num_steps, eta=eta, timestep_spacing=timestep_spacing)
     if eta != 0:
         raise ValueError(f"eta belongs to ddim; got {eta} for {sampler}")
-    return ddpm(diffusion, num_steps, timestep_spacing=timestep_spacing)
+    make = dpmpp_2m if sampler == "dpmpp_2m" else ddpm
+    return make(diffusion, num_steps, timestep_spacing=timestep_spacing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,30 @@ def test_seed_comes_from_torch_where_none_is_given() -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+def test_zero_terminal_snr(schedule: str) -> None:
+    """The last x_t is the noise itself, and all tables but the two of epsilon stay finite."""
+    diffusion = GaussianDiffusion.from_schedule(
+        schedule, 50, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    tables = {name: value for name, value in vars(diffusion).items() if torch.is_tensor(value)}
+    infinite = {name for name, table in tables.items() if not table.isfinite().all()}
+    assert infinite == {"sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"}
+
+    x_start, noise = randn((2, 3, 4), 0, torch.float64), randn((2, 3, 4), 1, torch.float64)
+    t = torch.tensor([49, 49])
+    x_t, _ = diffusion.q_sample(x_start, t, noise)
+    assert torch.equal(x_t, noise)
+    target = diffusion.training_target(x_start, t, noise)
+    assert torch.equal(target, -x_start)
+    assert torch.equal(diffusion.predict_xstart(x_t, t, target), x_start)
+    # q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0): x_t says nothing.
+    mean, variance, _ = diffusion.q_posterior(x_start, x_t, t)
+    prev = diffusion.alphas_cumprod[48]
+    torch.testing.assert_close(mean, prev.sqrt() * x_start)
+    torch.testing.assert_close(variance, (1 - prev).expand_as(variance))
+
+
 @pytest.mark.parametrize(
     "diffusion",
     [
@@ -167,13 +192,32 @@ def test_seed_comes_from_torch_where_none_is_given() -> None:
         GaussianDiffusion.from_schedule("squaredcos_cap_v2", 40, prediction_type="v_prediction"),
         GaussianDiffusion.from_schedule("scaled_linear", 9, beta_start=0.01, beta_end=0.1),
         GaussianDiffusion(torch.tensor([0.1, 0.2]), variance_type="learned", clip_denoised=False),
+        GaussianDiffusion.from_schedule("linear", 20, rescale_betas_zero_snr=True),
+        GaussianDiffusion(dynamic_thresholding_ratio=0.995, sample_max_value=1.5),
+        GaussianDiffusion(dynamic_thresholding_ratio=1.0),
     ],
-    ids=["default", "cosine", "ends", "betas"],
+    ids=["default", "cosine", "ends", "betas", "zero SNR", "thresholding", "no ceiling"],
 )
 def test_config_round_trip(diffusion: GaussianDiffusion) -> None:
     config = json.loads(json.dumps(diffusion.config()))
     again = GaussianDiffusion.from_config(config)
     assert torch.equal(again.betas, diffusion.betas) and again.config() == diffusion.config()
+    for name in ("dynamic_thresholding_ratio", "sample_max_value"):
+        assert getattr(again, name) == getattr(diffusion, name)
+
+
+def test_the_config_of_an_older_checkpoint_stays_the_same() -> None:
+    """A run is resumed only where both descriptions are equal."""
+    older = {
+        "beta_schedule": "linear",
+        "num_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": "epsilon",
+        "variance_type": None,
+        "clip_denoised": True,
+    }
+    assert GaussianDiffusion.from_config(older).config() == older
 
 
 @pytest.mark.parametrize(
@@ -192,9 +236,46 @@ def test_bad_betas(betas: list[float], sentence: str) -> None:
     assert str(error.value) == sentence
 
 
-def test_clip_denoised_is_a_truth_value() -> None:
-    with pytest.raises(ValueError, match=r"^clip_denoised must be True or False; got 'no'$"):
-        GaussianDiffusion.from_config({"clip_denoised": "no"})
+@pytest.mark.parametrize("option", ["clip_denoised", "rescale_betas_zero_snr"])
+def test_flags_are_truth_values(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be True or False; got 'no'$"):
+        GaussianDiffusion.from_config({option: "no"})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"dynamic_thresholding_ratio": 0.9, "clip_denoised": False},
+            "dynamic_thresholding_ratio is a way to clamp: it needs clip_denoised",
+        ),
+        (
+            {"dynamic_thresholding_ratio": 0.0},
+            "dynamic_thresholding_ratio must lie in (0, 1]; got 0.0",
+        ),
+        (
+            {"dynamic_thresholding_ratio": 1.5},
+            "dynamic_thresholding_ratio must lie in (0, 1]; got 1.5",
+        ),
+        (
+            {"dynamic_thresholding_ratio": math.nan},
+            "dynamic_thresholding_ratio must lie in (0, 1]; got nan",
+        ),
+        (
+            {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 0.5},
+            "sample_max_value must be finite and at least 1; got 0.5",
+        ),
+        (
+            {"dynamic_thresholding_ratio": 0.9, "sample_max_value": math.inf},
+            "sample_max_value must be finite and at least 1; got inf",
+        ),
+        ({"sample_max_value": 1.5}, "sample_max_value needs a dynamic_thresholding_ratio"),
+    ],
+)
+def test_bad_thresholding(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        GaussianDiffusion(**options)
+    assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize("option", ["prediction_type", "variance_type"])

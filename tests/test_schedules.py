@@ -11,7 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_fast.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, named_betas, respace
+from ddpm_fast.schedules import (
+    BETA_SCHEDULES,
+    TIMESTEP_SPACINGS,
+    named_betas,
+    rescale_zero_terminal_snr,
+    respace,
+)
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
@@ -47,6 +53,30 @@ def test_sigmoid_is_symmetric_about_its_middle() -> None:
     betas = named_betas("sigmoid", 101, beta_start=0.1, beta_end=0.3)
     torch.testing.assert_close(betas + betas.flip(0), torch.full_like(betas, 0.4))
     assert float(betas[0]) == pytest.approx(0.1 + 0.2 / (1 + math.exp(6)))
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [2, 10, 1000])
+def test_zero_terminal_snr(name: str, num_timesteps: int) -> None:
+    """Lin et al. 2023, section 3.1: sqrt(abar) keeps its start and its shape, and ends at 0."""
+    betas = named_betas(name, num_timesteps)
+    rescaled = rescale_zero_terminal_snr(betas)
+    assert rescaled.dtype == torch.float64 and ((rescaled > 0) & (rescaled <= 1)).all()
+    before, after = (torch.cumprod(1 - b, 0).sqrt() for b in (betas, rescaled))
+    assert rescaled[-1] == 1 and after[-1] == 0
+    assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-14)
+    shape = [(x - x[-1]) / (x[0] - x[-1]) for x in (before, after)]
+    torch.testing.assert_close(shape[1], shape[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "betas", [[], [0.1], [0.1, 1.0], [0.0, 0.1], [0.1, math.nan], [[0.1, 0.2]]], ids=str
+)
+def test_what_has_no_zero_terminal_snr(betas: list[float]) -> None:
+    sentence = "only two betas or more, each in (0, 1), rescale to zero terminal SNR"
+    with pytest.raises(ValueError) as error:
+        rescale_zero_terminal_snr(torch.tensor(betas))
+    assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize(

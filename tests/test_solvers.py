@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,12 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import randn
+from cases import GaussianModel, randn, walk
 from ddpm_fast import GaussianDiffusion, ops, sample
 from ddpm_fast.diffusion import PREDICTION_TYPES
 from ddpm_fast.ops import ROW
 from ddpm_fast.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, named_betas
-from ddpm_fast.solvers import StepTable, ddim, ddpm, step_table
+from ddpm_fast.solvers import (
+    SAMPLERS,
+    StepTable,
+    Thresholding,
+    ddim,
+    ddim_inversion,
+    ddpm,
+    dpmpp_2m,
+    step_table,
+)
 
 SHAPE = (2, 3, 5)
 
@@ -91,7 +101,192 @@ def test_ddim_step(
     )
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@given(diffusions, spacings, st.data())
+def test_dpmpp_2m_step(diffusion: GaussianDiffusion, spacing: str, data: st.DataObject) -> None:
+    """Lu et al. 2022, algorithm 2, in their names; first and last step are of the first order."""
+    steps = data.draw(st.integers(1, diffusion.num_timesteps))
+    table = dpmpp_2m(diffusion, steps, timestep_spacing=spacing)
+    i = data.draw(st.integers(0, steps - 1))
+    x_s, output, x0_prev = (randn(SHAPE, k, torch.float64) for k in range(3))
+    rows = table.to(torch.device("cpu"), torch.float64)
+    stepped = ops.reverse_step(
+        x_s, output, rows, torch.tensor(i), x0_prev=x0_prev, clip=table.clip, backend="reference"
+    )
+
+    abars = [*diffusion.alphas_cumprod[list(table.timesteps)].tolist(), 1.0]
+    alpha = [math.sqrt(abar) for abar in abars]
+    sigma = [math.sqrt(1 - abar) for abar in abars]
+    x0 = diffusion.predict_xstart(x_s, torch.full((2,), table.timesteps[i]), output)
+    x0 = x0.clamp(-1, 1) if diffusion.clip_denoised else x0
+    if i == steps - 1:
+        expected = x0
+    else:
+        lambdas = [math.log(a / s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        h = lambdas[i + 1] - lambdas[i]
+        if i > 0:
+            r = (lambdas[i] - lambdas[i - 1]) / h
+            x0 = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
+        expected = sigma[i + 1] / sigma[i] * x_s - alpha[i + 1] * math.expm1(-h) * x0
+    torch.testing.assert_close(stepped, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_network_that_knows_x_start_gets_there(sampler: str, steps: int) -> None:
+    diffusion = GaussianDiffusion(prediction_type="sample")
+    x_start = randn(SHAPE, 0, torch.float64).clamp(-1, 1)
+    *_, last = walk(
+        step_table(diffusion, sampler, steps), lambda x, t: x_start, randn(SHAPE, 1, torch.float64)
+    )
+    torch.testing.assert_close(last, x_start, rtol=1e-12, atol=1e-12)
+
+
+def solved_to(x: torch.Tensor, model: GaussianModel, start: int, end: int) -> torch.Tensor:
+    """The probability-flow ODE in closed form: a Gaussian's quantiles stay what they are."""
+
+    def moments(abar: float) -> tuple[float, float]:
+        return math.sqrt(abar) * model.mean, math.sqrt(abar * model.std**2 + 1 - abar)
+
+    (mean0, std0), (mean1, std1) = (
+        moments(float(model.diffusion.alphas_cumprod[t])) for t in (start, end)
+    )
+    return mean1 + std1 * (x - mean0) / std0
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(("solver", "order"), [(ddim, 1), (dpmpp_2m, 2)])
+def test_order_of_convergence(solver: Any, order: int, prediction_type: str) -> None:
+    """Halving the steps' size divides the error by 2 to the order.
+
+    Up to the last step but one: the last, to lambda = inf, has no order.
+    """
+    diffusion = GaussianDiffusion(prediction_type=prediction_type, clip_denoised=False)
+    model, x_T = GaussianModel(diffusion), randn(SHAPE, 0, torch.float64)
+    exact = solved_to(x_T, model, 999, 99)
+    errors = []
+    for stride in (20, 10, 5):
+        table = solver(diffusion, timestep_spacing=range(999, 98, -stride))
+        *_, x, _ = walk(table, model, x_T)
+        errors.append(float((x - exact).abs().max()))
+    for error, halved in zip(errors, errors[1:], strict=False):
+        assert math.log2(error / halved) == pytest.approx(order, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_inversion_is_undone_by_ddim(prediction_type: str) -> None:
+    """To x_T and back, up to errors of the first order in the steps' size."""
+    diffusion = GaussianDiffusion(prediction_type=prediction_type, clip_denoised=False)
+    model = GaussianModel(diffusion)
+    x_start = model.mean + model.std * randn(SHAPE, 0, torch.float64)
+    errors = []
+    for steps in (125, 250, 500, 1000):
+        *_, x_T = walk(ddim_inversion(diffusion, steps), model, x_start)
+        *_, x = walk(ddim(diffusion, steps), model, x_T)
+        errors.append(float((x - x_start).abs().max()))
+    for error, halved in zip(errors, errors[1:], strict=False):
+        assert math.log2(error / halved) == pytest.approx(1, abs=0.05)
+    assert errors[-1] < 0.01
+
+
+@given(diffusions, spacings, st.data())
+def test_inversion_of_constant_noise_is_undone_exactly(
+    diffusion: GaussianDiffusion, spacing: str, data: st.DataObject
+) -> None:
+    """Where eps does not change along a step, both ways are the same straight line."""
+    steps = data.draw(st.integers(1, diffusion.num_timesteps))
+    diffusion = GaussianDiffusion(diffusion.betas, clip_denoised=False)
+    x_start, eps = (randn(SHAPE, k, torch.float64) for k in range(2))
+    inversion = ddim_inversion(diffusion, steps, timestep_spacing=spacing)
+    *_, x_T = walk(inversion, lambda x, t: eps, x_start)
+    there, _ = diffusion.q_sample(x_start, torch.tensor(inversion.timesteps[-1]), eps)
+    torch.testing.assert_close(x_T, there, rtol=1e-9, atol=1e-9)
+    table = ddim(diffusion, steps, timestep_spacing=spacing)
+    *_, x = walk(table, lambda x, t: eps, x_T)
+    # Rounding errors in x_T are divided by sqrt(abar_T).
+    room = 1e-13 * float(diffusion.sqrt_recip_alphas_cumprod[inversion.timesteps[-1]])
+    torch.testing.assert_close(x, x_start, rtol=0, atol=max(1e-12, room))
+
+
+def test_inversion_goes_up_and_does_not_clamp() -> None:
+    diffusion = GaussianDiffusion(dynamic_thresholding_ratio=0.9)
+    table = ddim_inversion(diffusion, 4, timestep_spacing="leading")
+    assert table.timesteps == (0, 250, 500, 750)
+    assert table.rows[:, ROW.index("timestep")].tolist() == [0, 250, 500, 750]
+    assert table.clip is None and table.thresholding is None and not table.draws_noise
+
+
+def test_inversion_refuses_sample_prediction() -> None:
+    sentence = (
+        "ddim_inversion needs epsilon or v_prediction: "
+        "a prediction of x_0 leaves open which noise leads away from it"
+    )
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        ddim_inversion(GaussianDiffusion(prediction_type="sample"))
+
+
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_rows_are_finite_for_any_number_of_steps(
+    sampler: str, schedule: str, zero_snr: bool
+) -> None:
+    for prediction_type in PREDICTION_TYPES[1:] if zero_snr else PREDICTION_TYPES:
+        for variance_type in (None, "fixed_large", "learned_range"):
+            diffusion = GaussianDiffusion.from_schedule(
+                schedule,
+                40,
+                rescale_betas_zero_snr=zero_snr,
+                prediction_type=prediction_type,
+                variance_type=variance_type,
+            )
+            for spacing in TIMESTEP_SPACINGS:
+                for steps in range(1, 41):
+                    table = step_table(diffusion, sampler, steps, timestep_spacing=spacing)
+                    assert table.to(torch.device("cpu"), torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_the_first_step_from_pure_noise(sampler: str, prediction_type: str, steps: int) -> None:
+    """With abar = 0, lambda is -inf: the step is one of q(x_prev | x_0), whatever the sampler."""
+    diffusion = GaussianDiffusion.from_schedule(
+        rescale_betas_zero_snr=True, prediction_type=prediction_type
+    )
+    table = step_table(diffusion, sampler, steps)
+    row = dict(zip(ROW, table.rows[0].tolist(), strict=True))
+    prev = float(diffusion.alphas_cumprod[table.timesteps[1]]) if steps > 1 else 1.0
+    assert row["x0_from_xt"] == 0 and abs(row["x0_from_out"]) == 1
+    assert row["mean_from_x0"] == pytest.approx(math.sqrt(prev), rel=1e-12)
+    noise = math.hypot(row["mean_from_xt"], row["sigma"])
+    assert noise == pytest.approx(math.sqrt(1 - prev), rel=1e-12)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_epsilon_says_nothing_where_no_signal_is_left(sampler: str) -> None:
+    diffusion = GaussianDiffusion.from_schedule(rescale_betas_zero_snr=True)
+    sentence = (
+        "no step can start at timestep 999 with epsilon prediction: alphas_cumprod is 0 there, "
+        "and noise alone tells nothing of x_start; "
+        "use v_prediction or sample, or timesteps that leave it out"
+    )
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        step_table(diffusion, sampler, 10)
+    assert step_table(diffusion, sampler, 10, timestep_spacing="leading").rows.isfinite().all()
+    # An inversion only ends there.
+    assert ddim_inversion(diffusion, 10).rows.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_thresholding_takes_the_place_of_the_clamp(sampler: str) -> None:
+    dynamic = GaussianDiffusion(dynamic_thresholding_ratio=0.995, sample_max_value=1.5)
+    table, plain = step_table(dynamic, sampler, 10), step_table(GaussianDiffusion(), sampler, 10)
+    assert table.thresholding == Thresholding(ratio=0.995, max_value=1.5) and table.clip is None
+    assert plain.thresholding is None and plain.clip == 1.0
+    assert torch.equal(table.rows, plain.rows)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_the_last_step_gives_x_start_and_no_noise(sampler: str, spacing: str) -> None:
     """Whatever its timestep: with ``trailing`` it is not 0, and its sigma would be large."""
@@ -156,12 +351,11 @@ def test_learned_variance(variance_type: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("betas", "prediction_type", "timestep"),
     [
-        ([0.1, 1.0], "epsilon", 1),
         ([0.1, 1.0, 0.1], "v_prediction", 2),
         ([1e-20, 0.1], "epsilon", 0),
         (named_betas("linear", 20_000).tolist(), "epsilon", 19_999),
     ],
-    ids=["no signal left", "nothing after it", "too small", "T = 20000"],
+    ids=["nothing after it", "too small", "T = 20000"],
 )
 def test_a_table_that_is_not_finite_is_refused(
     betas: list[float], prediction_type: str, timestep: int
@@ -184,8 +378,9 @@ def test_tables_ignore_the_default_device() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim; got 'euler'"),
+        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m; got 'euler'"),
         ({"eta": 0.5}, "eta belongs to ddim; got 0.5 for ddpm"),
+        ({"sampler": "dpmpp_2m", "eta": 1}, "eta belongs to ddim; got 1 for dpmpp_2m"),
         ({"sampler": "ddim", "eta": 1.5}, "eta must lie in [0, 1]; got 1.5"),
         ({"num_steps": 1001}, "num_steps must lie in [1, 1000]; got 1001"),
     ],
