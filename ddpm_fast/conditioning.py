@@ -15,11 +15,21 @@ def null_label(model: object) -> int:
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:
         raise ValueError("guidance_scale needs a model with num_classes, the null label")
+    if not _has_null_label(model):
+        raise ValueError(
+            f"guidance_scale needs a model with a null label; this one has {num_classes} classes"
+            " and no label beside them"
+        )
     return int(num_classes)
 
 
+def with_null(labels: Tensor, model: object) -> Tensor:
+    """The labels and, behind them, as many null labels: what a guided step asks a network for."""
+    return torch.cat([labels, torch.full_like(labels, null_label(model))])
+
+
 def checked_labels(labels: Labels, batch: int, model: object) -> Tensor:
-    """int64 ``[batch]``, each a class of the model or its null label."""
+    """int64 ``[batch]``, each a class of the model or, where it has one, its null label."""
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"class_labels must be integers; got {labels.dtype}")
@@ -29,8 +39,14 @@ def checked_labels(labels: Labels, batch: int, model: object) -> Tensor:
     if list(labels.shape) != [batch]:
         raise ValueError(f"class_labels must have shape [{batch}]; got {list(labels.shape)}")
     num_classes = getattr(model, "num_classes", None)
-    if num_classes is not None and not bool(((labels >= 0) & (labels <= num_classes)).all()):
-        raise ValueError(
-            f"class_labels must lie in [0, {num_classes - 1}], or be the null label {num_classes}"
-        )
+    if num_classes is not None:
+        last = num_classes if _has_null_label(model) else num_classes - 1
+        if not bool(((labels >= 0) & (labels <= last)).all()):
+            null = f", or be the null label {num_classes}" if last == num_classes else ""
+            raise ValueError(f"class_labels must lie in [0, {num_classes - 1}]{null}")
     return labels.contiguous()
+
+
+def _has_null_label(model: object) -> bool:
+    """A model with classes has the null label unless it says ``null_label = False``."""
+    return bool(getattr(model, "null_label", True))

@@ -22,10 +22,9 @@ def evaluating(model: object) -> Iterator[None]:
         yield
         return
     with _lock:
-        runs, modes = _sampled.get(model, (0, [(part, part.training) for part in model.modules()]))
+        runs, modes = _sampled.get(model) or (0, [(p, p.training) for p in model.modules()])
         _sampled[model] = runs + 1, modes
-        for part, _ in modes:
-            part.training = False
+        _put(modes, training=False)
     try:
         yield
     finally:
@@ -34,5 +33,12 @@ def evaluating(model: object) -> Iterator[None]:
             if runs > 1:
                 _sampled[model] = runs - 1, modes
             else:
-                for part, mode in modes:
-                    part.training = mode
+                _put(modes)
+
+
+def _put(modes: list[tuple[nn.Module, bool]], *, training: bool | None = None) -> None:
+    """All parts into one mode, or each into its own."""
+    for part, own in modes:
+        mode = own if training is None else training
+        if part.training != mode:  # to set an attribute of a module takes a while
+            part.training = mode

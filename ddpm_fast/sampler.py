@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from . import graphs, ops
-from .checks import is_walkable
-from .conditioning import Labels, checked_labels, null_label
+from .conditioning import Labels, checked_labels, with_null
 from .diffusion import GaussianDiffusion
 from .evaluating import evaluating
+from .guidance import (
+    Gradient,
+    Scale,
+    check_guidance,
+    gradient_at,
+    rescale_factor,
+    scale_table,
+    score_coefs,
+    shifted,
+)
+from .network import Model, Network, check_has_variance
 from .solvers import Spacing, StepTable, step_table
 
-Model = Callable[..., Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], object]
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Options of sample that may change from one batch of a Sampler to the next.
+_OF_A_CALL = (
+    "seed",
+    "first_index",
+    "generator",
+    "x_T",
+    "class_labels",
+    "model_kwargs",
+    "progress",
+)
 
 # The counter of the noise holds 48 bits of sample index.
 _MAX_SAMPLES = 1 << 48
@@ -40,7 +56,7 @@ def sample(
     shape: Sequence[int],
     *,
     diffusion: GaussianDiffusion | None = None,
-    sampler: str = "ddpm",
+    sampler: str | StepTable = "ddpm",
     num_steps: int | None = None,
     eta: float = 0.0,
     timestep_spacing: Spacing = "trailing",
@@ -49,7 +65,11 @@ def sample(
     generator: torch.Generator | None = None,
     x_T: Tensor | None = None,
     class_labels: Labels | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Scale | None = None,
+    guidance_rescale: float = 0.0,
+    cond_fn: Gradient | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     precision: str | None = None,
@@ -72,7 +92,8 @@ def sample(
         shape: ``(N, C, ...)`` of the samples.
         diffusion: the process the model was trained for; by default linear betas 1e-4 ... 0.02,
             T = 1000, epsilon prediction.
-        sampler: ``ddpm`` or ``ddim``.
+        sampler: ``ddpm``, ``ddim`` or ``dpmpp_2m``; or a table of :mod:`ddpm_fast.solvers`, which
+            settles the next three.
         num_steps: how many of the T timesteps to visit; all by default.
         eta: DDIM's, in [0, 1]; 0 adds no noise.
         timestep_spacing: ``leading``, ``linspace``, ``trailing`` or the timesteps themselves; see
@@ -83,7 +104,15 @@ def sample(
         x_T: where to start, like the samples; noise by default.
         class_labels: int64 ``[N]``, or one for all: passed on as ``class_labels``.
         guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond) (Ho & Salimans
-            2022), between the labels and the model's null label ``model.num_classes``.
+            2022), between the labels and the model's null label ``model.num_classes``: one number,
+            ``[N]`` for each sample, or ``[S or 1, N or 1]`` for each step and sample.
+        guidance_rescale: in [0, 1], how far the guided prediction gets the standard deviation of
+            the conditional one (Lin et al. 2023, eq. 16).
+        cond_fn: classifier guidance (Dhariwal & Nichol 2021): called as the model is, it returns
+            the gradient of log p(y | x_t) by x_t, like x_t, which then shifts the prediction.
+        known: what an inpainted picture keeps, like the samples; and
+        mask: where, 1, and where not, 0; it broadcasts against the samples.
+            :func:`ddpm_fast.editing.inpaint` is the way to use the two.
         model_kwargs: passed on to the model; with guidance, for a batch of the conditional and,
             behind them, the unconditional samples.
         device: where to compute; the model's by default.
@@ -112,6 +141,10 @@ def sample(
         eta=eta,
         timestep_spacing=timestep_spacing,
         guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        cond_fn=cond_fn,
+        known=known,
+        mask=mask,
         device=device,
         precision=precision,
         compile=compile,
@@ -130,57 +163,17 @@ def sample(
 
 
 def sample_progressive(
-    model: Model,
-    shape: Sequence[int],
-    *,
-    diffusion: GaussianDiffusion | None = None,
-    sampler: str = "ddpm",
-    num_steps: int | None = None,
-    eta: float = 0.0,
-    timestep_spacing: Spacing = "trailing",
-    seed: SupportsIndex | None = None,
-    first_index: SupportsIndex = 0,
-    generator: torch.Generator | None = None,
-    x_T: Tensor | None = None,
-    class_labels: Labels | None = None,
-    guidance_scale: float | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    device: torch.device | str | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    backend: str = "auto",
-    progress: bool = False,
+    model: Model, shape: Sequence[int], **options: Any
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """:func:`sample` step by step: yields (step, x_t, pred_xstart) after each step.
 
     ``x_t`` is the state that the step led to, so that the last one is the samples, and
     ``pred_xstart`` the clamped prediction it came by; both ``shape``, and the caller's to keep.
-    Arguments and errors are those of :func:`sample`; errors come at the call, not at the first
-    step.
+    Options and errors are those of :func:`sample`, which has ``callback`` besides; errors come at
+    the call, not at the first step.
     """
-    run = Sampler(
-        model,
-        shape,
-        diffusion=diffusion,
-        sampler=sampler,
-        num_steps=num_steps,
-        eta=eta,
-        timestep_spacing=timestep_spacing,
-        guidance_scale=guidance_scale,
-        device=device,
-        precision=precision,
-        compile=compile,
-        backend=backend,
-    )
-    return run.progressive(
-        seed=seed,
-        first_index=first_index,
-        generator=generator,
-        x_T=x_T,
-        class_labels=class_labels,
-        model_kwargs=model_kwargs,
-        progress=progress,
-    )
+    call = {name: options.pop(name) for name in _OF_A_CALL if name in options}
+    return Sampler(model, shape, **options).progressive(**call)
 
 
 class Sampler:
@@ -201,11 +194,15 @@ class Sampler:
         shape: Sequence[int],
         *,
         diffusion: GaussianDiffusion | None = None,
-        sampler: str = "ddpm",
+        sampler: str | StepTable = "ddpm",
         num_steps: int | None = None,
         eta: float = 0.0,
         timestep_spacing: Spacing = "trailing",
-        guidance_scale: float | None = None,
+        guidance_scale: Scale | None = None,
+        guidance_rescale: float = 0.0,
+        cond_fn: Gradient | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         device: torch.device | str | None = None,
         precision: str | None = None,
         compile: bool = False,
@@ -215,29 +212,23 @@ class Sampler:
         self.shape = tuple(operator.index(size) for size in shape)
         if len(self.shape) < 2 or min(self.shape) < 1:
             raise ValueError(f"shape must be (N, C, ...), each at least 1; got {self.shape}")
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be finite; got {guidance_scale}")
+        check_guidance(guidance_scale, guidance_rescale, cond_fn)
         self.diffusion = diffusion or GaussianDiffusion()
-        self.table: StepTable = step_table(
-            self.diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing
-        )
-        weight = _first_weight(model)
-        self.device = torch.device(device or (weight.device if weight is not None else "cpu"))
+        self.table = _table(self.diffusion, sampler, num_steps, eta, timestep_spacing)
+        self.network = Network(model, device=device, precision=precision, compile=compile)
+        self.device = self.network.device
         ops.serves_natively(self.device, backend)
         self.backend = backend
-        self.precision = precision
         self.guided = guidance_scale is not None
-        self.network = torch.compile(model) if compile else model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._uncapturable = False
         self._captured: list[int] = []
         self.kwargs: dict[str, Any] = {}
-        self._prepare_buffers(weight.dtype if weight is not None else torch.float32)
-        self.guidance_scale: Tensor | None = None
-        if guidance_scale is not None:
-            self.guidance_scale = self.rows.new_full((1, 1), guidance_scale)
+        with torch.inference_mode(False):  # a sampler serves in any mode
+            self._prepare_buffers()
+            self._prepare_conditions(guidance_scale, guidance_rescale, cond_fn)
+            self.known, self.mask = self._checked_known(known, mask)
+        self.draws_noise = self.table.draws_noise or known is not None
         self._options = [self._step_options(turn) for turn in range(_TURNS)]
         self._advance = [
             ops.bound_reverse_step(self.x, self.rows, index, **options)
@@ -287,9 +278,10 @@ class Sampler:
 
         return steps()
 
-    def _prepare_buffers(self, model_dtype: torch.dtype) -> None:
+    def _prepare_buffers(self) -> None:
+        model_dtype = self.network.dtype
         dtype = ops.compute_dtype(model_dtype)
-        layout = _memory_format(self.model, len(self.shape))
+        layout = self.network.memory_format(len(self.shape))
         batch, *sizes = self.shape
         asked = batch * (2 if self.guided else 1)
         self.rows = self.table.to(self.device, dtype)
@@ -301,13 +293,46 @@ class Sampler:
                 (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
             )
         self.model_input = self.x if self.next_input is None else self.next_input
-        first = self.model_input.data_ptr()
-        self._input_memory = range(first, first + self.model_input.nbytes)
         self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
         self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self.offset = torch.arange(batch, device=self.device)
         self.sample_index = torch.empty_like(self.offset)
+
+    def _prepare_conditions(
+        self, scale: Scale | None, rescale: float, cond_fn: Gradient | None
+    ) -> None:
+        """What decides beside the network where a step leads, and the numbers the kernel reads."""
+        steps, batch, table = len(self.table), self.shape[0], self.table
+        self.guidance_scale = None if scale is None else scale_table(scale, steps, batch, self.rows)
+        self.guidance_rescale = rescale
+        self.guidance_factor = self.rows.new_ones(batch) if rescale else None
+        self.threshold = None if table.thresholding is None else self.rows.new_ones(batch)
+        self.history = torch.empty_like(self.x) if table.has_history else None
+        self.cond_fn = cond_fn
+        if cond_fn is not None:
+            self.score_coefs = score_coefs(self.diffusion, table).to(self.rows)
+
+    def _checked_known(
+        self, known: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if known is None and mask is None:
+            return None, None
+        if known is None or mask is None:
+            raise ValueError("known and mask must be given together")
+        if tuple(known.shape) != self.shape:
+            raise ValueError(f"known must have shape {list(self.shape)}; got {list(known.shape)}")
+        if not known.is_floating_point():
+            raise ValueError(f"known must hold floating-point numbers; got {known.dtype}")
+        try:
+            mask = mask.expand(self.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mask must broadcast to shape {list(self.shape)}; got {list(mask.shape)}"
+            ) from None
+        if not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise ValueError("mask must lie in [0, 1]")
+        return torch.empty_like(self.x).copy_(known.detach()), torch.empty_like(self.x).copy_(mask)
 
     def _start(
         self,
@@ -322,9 +347,7 @@ class Sampler:
         kwargs = self._checked_kwargs(class_labels, model_kwargs)
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
-        batch, first = self.shape[0], operator.index(first_index)
-        if not 0 <= first <= _MAX_SAMPLES - batch:
-            raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first}")
+        first = checked_first_index(first_index, self.shape[0])
         if x_T is not None and tuple(x_T.shape) != self.shape:
             raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
         if x_T is not None and not x_T.is_floating_point():
@@ -352,13 +375,13 @@ class Sampler:
             raise ValueError("give class_labels by itself or in model_kwargs, not both")
         labels = checked_labels(class_labels, self.shape[0], self.model).to(self.device)
         if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, null_label(self.model))])
+            labels = with_null(labels, self.model)
         return kwargs | {"class_labels": labels}
 
     def _hand_over(self, kwargs: dict[str, Any]) -> None:
         """Keeps the graph where it can serve this call too; the tensors it reads get new values."""
         if self._graph is not None:
-            moved = self._captured != _addresses(self.model)
+            moved = self._captured != self.network.addresses()
             if not moved and _replaceable(self.kwargs, kwargs):
                 for name, value in kwargs.items():
                     if isinstance(value, Tensor):
@@ -387,7 +410,7 @@ class Sampler:
 
     def _run(self, generator: torch.Generator | None, bar: tqdm[NoReturn]) -> None:
         """All steps, with nothing between them."""
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self.network.autocast():
             done = self._replay(bar) if generator is None and self._captures() else 0
             for step in range(done, len(self.table)):
                 self._step(step, generator)
@@ -397,16 +420,17 @@ class Sampler:
         self, generator: torch.Generator | None, bar: tqdm[NoReturn]
     ) -> Iterator[tuple[int, Tensor]]:
         """The steps one by one: the number of each, and its prediction of x_start."""
-        pred_xstart = torch.empty_like(self.x)
+        pred_xstart = torch.empty_like(self.x) if self.history is None else self.history
         for step in range(len(self.table)):
             # Entered anew at every step: whoever is called between them must not find them set.
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), self.network.autocast():
                 self._step(step, generator, pred_xstart)
             bar.update()
             yield step, pred_xstart
 
     def _captures(self) -> bool:
-        return self.device.type == "cuda" and not self._uncapturable
+        # A gradient's callback may do anything.
+        return self.device.type == "cuda" and self.cond_fn is None and not self._uncapturable
 
     def _replay(self, bar: tqdm[NoReturn]) -> int:
         """As many steps as the graph can do, captured first if need be; returns their number."""
@@ -435,7 +459,7 @@ class Sampler:
         # The graph reads from here; the caller's tensors remain the caller's.
         with torch.inference_mode(False):
             self.kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        self._captured = _addresses(self.model)
+        self._captured = self.network.addresses()
         self._graph = graphs.capture(lambda: self._turns(_TURNS))
         self._uncapturable = self._graph is None
 
@@ -447,22 +471,42 @@ class Sampler:
     ) -> None:
         """One step: x, and what the network and the kernel are to be called with next."""
         turn = step % _TURNS
+        output = self._predict(turn)
+        self._measure(output, turn)
         if generator is None and pred_xstart is None:
-            self._advance[turn](self._predict())
+            self._advance[turn](output)
             return
-        options = self._options[turn] | {"out": self.x, "pred_xstart": pred_xstart}
+        options = self._options[turn] | {"out": self.x}
+        if pred_xstart is not None:
+            options["pred_xstart"] = pred_xstart
         if generator is not None:
             options |= self._given_noise(step, generator)
-        ops.reverse_step(self.x, self._predict(), self.rows, self.step_index[turn], **options)
+        ops.reverse_step(self.x, output, self.rows, self.step_index[turn], **options)
+
+    def _measure(self, output: Tensor, turn: int) -> None:
+        """Puts where the kernel reads them the numbers that take a look at a sample as a whole."""
+        step, scale, factor = self.step_index[turn], self.guidance_scale, self.guidance_factor
+        if factor is not None and scale is not None:
+            factor.copy_(rescale_factor(output, scale, step, self.x, self.guidance_rescale))
+        if self.threshold is not None and self.table.thresholding is not None:
+            measured = self.table.thresholding.threshold(
+                self.x, output, self.rows, step, scale, factor
+            )
+            self.threshold.copy_(measured)
 
     def _step_options(self, turn: int) -> dict[str, Any]:
         """What reverse_step is called with at every other step."""
-        draws = self.table.draws_noise
         return {
-            "seed": self.seed if draws else None,
-            "sample_index": self.sample_index if draws else None,
+            "seed": self.seed if self.draws_noise else None,
+            "sample_index": self.sample_index if self.draws_noise else None,
+            "x0_prev": self.history,
             "guidance_scale": self.guidance_scale,
+            "guidance_factor": self.guidance_factor,
+            "threshold": self.threshold,
+            "known": self.known,
+            "mask": self.mask,
             "clip": self.table.clip,
+            "pred_xstart": self.history,
             "next_input": self.next_input,
             "next_step": self.step_index[turn - 1],
             "next_t": self.t,
@@ -470,55 +514,43 @@ class Sampler:
         }
 
     def _given_noise(self, step: int, generator: torch.Generator) -> dict[str, Tensor | None]:
-        # The last step has none to draw.
-        draws = self.table.draws_noise and step + 1 < len(self.table)
+        row = dict(zip(ops.ROW, self.table.rows[step].tolist(), strict=True))
+        draws = row["sigma"] > 0 or (self.known is not None and row["known_sigma"] > 0)
         noise = self._randn(generator) if draws else None
         return {"noise": noise, "seed": None, "sample_index": None}
 
-    def _predict(self) -> Tensor:
-        output = self.network(self.model_input, self.t, **self.kwargs)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"the model must return a tensor; got {type(output).__name__}")
-        if self.table.reads_variance and output.shape[1] != 2 * self.shape[1]:
-            raise ValueError(
-                f"a {self.diffusion.variance_type} variance needs a model with "
-                f"{2 * self.shape[1]} output channels; got {output.shape[1]}"
-            )
-        if output.data_ptr() in self._input_memory:
-            output = output.clone()  # it is about to be overwritten
-        return output if output.is_contiguous() or is_walkable(output) else output.contiguous()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision is None:
-            return contextlib.nullcontext()
-        if self.precision == "fp32":
-            return torch.autocast(self.device.type, enabled=False)
-        # A graph must not read weights that were cast for this context, and end with it.
-        keep_cast_weights = self.device.type != "cuda"
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, cache_enabled=keep_cast_weights)
+    def _predict(self, turn: int) -> Tensor:
+        output = self.network(self.model_input, self.t, self.kwargs)
+        if self.table.reads_variance:
+            check_has_variance(output, self.shape[1])
+        if self.cond_fn is not None:
+            gradient = gradient_at(self.cond_fn, self.x, self.t, self.kwargs)
+            # An index would be read on the host, and make it wait.
+            coef = self.score_coefs.index_select(0, self.step_index[turn].reshape(1))
+            output = shifted(output, gradient, coef, self.shape[1])
+        return output
 
 
-def _first_weight(model: Model) -> Tensor | None:
-    if not isinstance(model, nn.Module):
-        return None
-    return next((p for p in model.parameters() if p.is_floating_point()), None)
+def checked_first_index(first_index: SupportsIndex, batch: int) -> int:
+    """The index of a batch's first sample; ValueError where one of them has none."""
+    first = operator.index(first_index)
+    if not 0 <= first <= _MAX_SAMPLES - batch:
+        raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first}")
+    return first
 
 
-def _memory_format(model: Model, dims: int) -> torch.memory_format:
-    """channels_last where the model's convolutions are laid out so."""
-    weights = model.parameters() if isinstance(model, nn.Module) and dims == 4 else ()
-    for weight in weights:
-        if weight.dim() == 4 and not weight.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
-
-
-def _addresses(model: Model) -> list[int]:
-    """Where a model's numbers lie, which a graph has by heart."""
-    if not isinstance(model, nn.Module):
-        return []
-    return [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+def _table(
+    diffusion: GaussianDiffusion,
+    sampler: str | StepTable,
+    num_steps: int | None,
+    eta: float,
+    timestep_spacing: Spacing,
+) -> StepTable:
+    if isinstance(sampler, str):
+        return step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
+    if num_steps is not None or eta != 0 or timestep_spacing != "trailing":
+        raise ValueError("a step table settles num_steps, eta and timestep_spacing itself")
+    return sampler
 
 
 def _replaceable(captured: dict[str, Any], kwargs: dict[str, Any]) -> bool:

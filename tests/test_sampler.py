@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from cases import GaussianModel
-from ddpm_fast import GaussianDiffusion, Sampler, sample, sample_progressive
+from cases import GaussianModel, walk
+from ddpm_fast import GaussianDiffusion, Sampler, ops, sample, sample_progressive
+from ddpm_fast.editing import initial_noise
 from ddpm_fast.models import LightweightUNet
+from ddpm_fast.solvers import SAMPLERS, step_table
 
 SHAPE = (3, 2, 5, 7)
 DIFFUSION = GaussianDiffusion.from_schedule("linear", 20, beta_end=0.3)
@@ -45,11 +48,14 @@ def draw(model: Any = None, shape: tuple[int, ...] = SHAPE, **options: Any) -> t
     return sample(GaussianModel(DIFFUSION) if model is None else model, shape, **options)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_does_not_depend_on_its_batch(
     sampler: str, device: torch.device, backend: str
 ) -> None:
-    """Sample 17 of seed 0, in a batch of 1 or 64, in any shard: the same bytes."""
+    """Sample 17 of seed 0, in a batch of 1 or 64, in any shard: the same bytes.
+
+    Of diffusers#6222 and stable-diffusion-webui#376, #5210, where samplers with noise depend on it.
+    """
     options: dict[str, Any] = {"sampler": sampler, "backend": backend, "device": device}
     if sampler == "ddim":
         options["eta"] = 0.5
@@ -75,6 +81,19 @@ def test_manual_seed_governs_where_no_seed_is_given() -> None:
         torch.manual_seed(global_seed)
         drawn.append(draw(seed=None))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_generator_draws_for_the_last_of_the_first_steps(backend: str) -> None:
+    """Noise is switched off by the table's row, and not by its place."""
+    table = step_table(DIFFUSION, "ddpm", 5)
+    head = replace(table, timesteps=table.timesteps[:2], rows=table.rows[:2])
+    generator = torch.Generator().manual_seed(5)
+    x = draw(seed=None, generator=generator, sampler=head, backend=backend)
+
+    generator.manual_seed(5)
+    x_T, *noise = (torch.randn(SHAPE, generator=generator) for _ in range(3))
+    *_, expected = walk(head, GaussianModel(DIFFUSION), x_T, noise)
+    torch.testing.assert_close(x, expected)
 
 
 def test_a_generator_draws_with_randn(backend: str) -> None:
@@ -129,6 +148,29 @@ def test_modes_are_put_back_after_an_interruption(error: type[BaseException]) ->
     assert not model.training
     steps.close()
     assert model.training
+
+
+def test_a_model_in_eval_mode_is_left_alone() -> None:
+    written = []
+
+    class Part(nn.Dropout):
+        def __setattr__(self, name: str, value: Any) -> None:
+            written.append(name)
+            super().__setattr__(name, value)
+
+    model = ConstantModel()
+    model.dropout = Part()
+    model.eval()
+    written.clear()
+    draw(model)
+    assert not written
+
+
+def test_a_sampler_made_in_inference_mode_serves_outside(backend: str) -> None:
+    with torch.inference_mode():
+        options: dict[str, Any] = {"known": torch.zeros(SHAPE), "mask": torch.zeros(1)}
+        run = Sampler(GaussianModel(DIFFUSION), SHAPE, diffusion=DIFFUSION, **options)
+    assert torch.equal(run(seed=0), draw())
 
 
 def test_runs_that_share_a_model_do_not_disturb_each_other() -> None:
@@ -191,6 +233,41 @@ def test_progressive_is_sample_step_by_step(backend: str) -> None:
     assert all(xstart.abs().max() <= 1 for _, _, xstart in steps)
     assert len({x.data_ptr() for _, x, _ in steps}) == 20
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_loop_walks_the_table(sampler: str, backend: str) -> None:
+    """A table runs as its rows say, history included; given by name, by itself, or step by step."""
+    table = step_table(DIFFUSION, sampler, 7)
+    options: dict[str, Any] = {"backend": backend, "x_T": initial_noise(SHAPE, seed=0)}
+    expected = draw(sampler=sampler, num_steps=7, **options)
+    assert torch.equal(draw(sampler=table, **options), expected)
+    model = GaussianModel(DIFFUSION)
+    options |= {"diffusion": DIFFUSION, "sampler": table}
+    progressive = sample_progressive(model, SHAPE, seed=0, **options)
+    assert torch.equal(list(progressive)[-1][1], expected)
+
+    rows = table.to(torch.device("cpu"), torch.float32)
+    x, history = options["x_T"], None
+    noise: dict[str, Any] = {"seed": torch.tensor(0), "sample_index": torch.arange(len(x))}
+    for step, t in enumerate(table.timesteps):
+        xstart = torch.empty_like(x)
+        output = model(x, torch.full((len(x),), t))
+        index = torch.tensor(step)
+        x = ops.reverse_step(
+            x, output, rows, index, x0_prev=history, pred_xstart=xstart, **noise, backend=backend
+        )
+        history = xstart
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(
+    "option", [{"num_steps": 5}, {"eta": 1.0}, {"timestep_spacing": "leading"}]
+)
+def test_a_table_settles_its_steps(option: dict[str, Any]) -> None:
+    sentence = "a step table settles num_steps, eta and timestep_spacing itself"
+    with pytest.raises(ValueError, match=sentence):
+        draw(sampler=step_table(DIFFUSION, "ddim", 5), **option)
 
 
 def test_progressive_refuses_at_the_call() -> None:
@@ -263,7 +340,7 @@ def test_the_models_dtype(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_learned_variance_reads_twice_the_channels(
     variance_type: str, sampler: str, backend: str
 ) -> None:
@@ -271,7 +348,7 @@ def test_learned_variance_reads_twice_the_channels(
     options: dict[str, Any] = {"diffusion": diffusion, "num_steps": 5, "sampler": sampler}
     x = draw(ConstantModel(out_channels=4), backend=backend, **options)
     assert x.shape == SHAPE and x.isfinite().all()
-    sentence = f"a {variance_type} variance needs a model with 4 output channels; got 2"
+    sentence = "a learned variance needs a model with 4 output channels; got 2"
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         draw(ConstantModel(), backend=backend, **options)
 
@@ -298,7 +375,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"generator": torch.Generator()}, "give seed or generator, not both"),
     ({"first_index": -1}, "first_index must lie in [0, 2**48 - 3]; got -1"),
     ({"first_index": 2**48 - 2}, f"first_index must lie in [0, 2**48 - 3]; got {2**48 - 2}"),
-    ({"sampler": "euler"}, "sampler must be one of ddpm, ddim; got 'euler'"),
+    ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m; got 'euler'"),
     ({"num_steps": 0}, "num_steps must lie in [1, 20]; got 0"),
     ({"eta": 0.1}, "eta belongs to ddim; got 0.1 for ddpm"),
     ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16; got 'int8'"),

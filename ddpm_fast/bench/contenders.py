@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import graphs, ops
 from ..diffusion import GaussianDiffusion
+from ..network import Model
 from ..ops import ROW
-from ..sampler import Model, Sampler
+from ..sampler import Sampler
 from ..solvers import StepTable, ddim, ddpm
 
 TIMESTEP = 500
