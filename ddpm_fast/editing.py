@@ -1,0 +1,212 @@
+"""Editing with an unconditional or conditional model: inpainting, image to image, inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .diffusion import GaussianDiffusion
+from .network import Model
+from .resampling import resampled
+from .sampler import checked_first_index, sample
+from .solvers import Spacing, ddim_inversion, step_table
+
+
+def inpaint(
+    model: Model,
+    image: Tensor,
+    mask: Tensor,
+    *,
+    diffusion: GaussianDiffusion | None = None,
+    sampler: str = "ddpm",
+    num_steps: int | None = None,
+    eta: float = 0.0,
+    timestep_spacing: Spacing = "trailing",
+    jump_length: int = 10,
+    jump_n_sample: int = 10,
+    **options: Any,
+) -> Tensor:
+    """Draws what a mask leaves open of a picture: RePaint, Lugmayr et al. 2022 (arXiv 2201.09865).
+
+    Args:
+        model, diffusion, sampler, num_steps, eta, timestep_spacing: as for :func:`sample`. With
+            the jumps there are up to ``jump_n_sample`` times as many steps.
+        image: ``[N, C, ...]``, in [-1, 1].
+        mask: broadcasts against it: 1 where the picture is known, 0 where it is to be drawn.
+        jump_length, jump_n_sample: see :func:`ddpm_fast.resampling.resampled`; ``jump_n_sample``
+            = 1 goes straight on.
+        options: the others of :func:`sample`.
+
+    Returns:
+        ``[N, C, ...]``: the picture itself where the mask is 1.
+
+    Raises:
+        ValueError: as :func:`sample` and :func:`ddpm_fast.resampling.resampled`.
+    """
+    diffusion = diffusion or GaussianDiffusion()
+    table = step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
+    table = resampled(table, diffusion, jump_length=jump_length, jump_n_sample=jump_n_sample)
+    return sample(
+        model, image.shape, diffusion=diffusion, sampler=table, known=image, mask=mask, **options
+    )
+
+
+def image_to_image(
+    model: Model,
+    image: Tensor,
+    *,
+    strength: float = 0.5,
+    diffusion: GaussianDiffusion | None = None,
+    sampler: str = "ddpm",
+    num_steps: int | None = None,
+    eta: float = 0.0,
+    timestep_spacing: Spacing = "trailing",
+    seed: SupportsIndex | None = None,
+    first_index: SupportsIndex = 0,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Tensor:
+    """Noises a picture part of the way, and samples from there: SDEdit (Meng et al. 2022).
+
+    Args:
+        model, diffusion, sampler, num_steps, eta, timestep_spacing, seed, first_index, generator,
+            backend: as for :func:`sample`.
+        image: ``[N, C, ...]``, in [-1, 1].
+        strength: in (0, 1], the part of the steps that is taken, the last of them; at 1 next to
+            nothing is left of the picture.
+        options: the others of :func:`sample`.
+
+    Returns:
+        Like ``image``.
+
+    Raises:
+        ValueError: a strength outside (0, 1] or of less than one step, and as :func:`sample`.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1]; got {strength}")
+    diffusion = diffusion or GaussianDiffusion()
+    table = step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
+    steps = int(strength * len(table))
+    if steps == 0:
+        raise ValueError(f"strength {strength} of {len(table)} steps is less than one")
+    table = table.tail(len(table) - steps)
+    t = torch.tensor(table.timesteps[0], device=image.device)
+    if generator is None:
+        seed = int(ops.seed_tensor(seed, "cpu")) % 2**64
+        index = _indices(len(image), first_index, image.device)
+        start, _ = diffusion.q_sample(image, t, seed=seed, sample_index=index, backend=backend)
+    else:
+        noise = torch.randn(image.shape, generator=generator, device=generator.device)
+        start, _ = diffusion.q_sample(image, t, noise.to(image), backend=backend)
+    return sample(
+        model,
+        image.shape,
+        diffusion=diffusion,
+        sampler=table,
+        x_T=start,
+        seed=seed,
+        first_index=first_index,
+        generator=generator,
+        backend=backend,
+        **options,
+    )
+
+
+def invert(
+    model: Model,
+    image: Tensor,
+    *,
+    diffusion: GaussianDiffusion | None = None,
+    num_steps: int | None = None,
+    timestep_spacing: Spacing = "trailing",
+    **options: Any,
+) -> Tensor:
+    """The x_T from which DDIM leads to a picture: Song et al. 2021, section 5.4.
+
+    Args:
+        model, diffusion, num_steps, timestep_spacing: as for :func:`sample`, to be used again with
+            ``sampler="ddim"`` and the result as ``x_T``.
+        image: ``[N, C, ...]``, in [-1, 1].
+        options: the others of :func:`sample`.
+
+    Returns:
+        Like ``image``.
+
+    Raises:
+        ValueError: as :func:`sample` and :func:`ddpm_fast.solvers.ddim_inversion`.
+    """
+    diffusion = diffusion or GaussianDiffusion()
+    table = ddim_inversion(diffusion, num_steps, timestep_spacing=timestep_spacing)
+    return sample(model, image.shape, diffusion=diffusion, sampler=table, x_T=image, **options)
+
+
+def interpolate(
+    model: Model, first: Tensor, second: Tensor, num: int, *, sampler: str = "ddim", **options: Any
+) -> Tensor:
+    """Samples along the arc from one noise to another: Song et al. 2021, appendix D.5.
+
+    Args:
+        model: as for :func:`sample`.
+        first, second: x_T at the ends, ``[C, ...]``, as of :func:`initial_noise` or
+            :func:`invert`.
+        num: how many, both ends included; at least 2.
+        sampler: one without noise.
+        options: the others of :func:`sample`.
+
+    Returns:
+        ``[num, C, ...]``.
+
+    Raises:
+        ValueError: fewer than 2, ends of different shapes, and as :func:`sample`.
+    """
+    if num < 2:
+        raise ValueError(f"num must be at least 2; got {num}")
+    if first.shape != second.shape:
+        raise ValueError(
+            "first and second must have one shape; "
+            f"got {list(first.shape)} and {list(second.shape)}"
+        )
+    arc = slerp(first, second, torch.linspace(0, 1, num).tolist())
+    return sample(model, arc.shape, x_T=arc, sampler=sampler, **options)
+
+
+def initial_noise(
+    shape: Sequence[int],
+    *,
+    seed: SupportsIndex,
+    first_index: SupportsIndex = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The x_T that :func:`sample` starts from with these arguments, float32 ``shape``."""
+    where = ops.seed_tensor(seed, device)
+    return ops.philox_normal(
+        tuple(shape),
+        seed=where,
+        sample_index=_indices(shape[0], first_index, device),
+        timestep=torch.zeros_like(where),
+    )
+
+
+def _indices(count: int, first: SupportsIndex, device: torch.device | str) -> Tensor:
+    return torch.arange(count, device=device) + checked_first_index(first, count)
+
+
+def slerp(first: Tensor, second: Tensor, weights: Sequence[float]) -> Tensor:
+    """Points on the arc between two tensors of one shape (Shoemake 1985), ``[len(weights), ...]``.
+
+    Unlike the chord, it keeps their length, which is what makes noise noise.
+    """
+    a, b = first.double().flatten(), second.double().flatten()
+    cosine = (a @ b / (a.norm() * b.norm())).clamp(-1, 1)
+    angle = cosine.arccos()
+    w = torch.tensor(weights, dtype=torch.float64, device=first.device)[:, None]
+    if angle.sin() < 1e-9:
+        arc = a.lerp(b, w)
+    else:
+        arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+    return arc.to(first.dtype).reshape(-1, *first.shape)
