@@ -13,11 +13,13 @@ import torch
 
 from . import _extension
 from .checkpoint import load
+from .continuous import ContinuousSampler
 from .diffusion import GaussianDiffusion
 from .sampler import Sampler, sample, sample_progressive
 from .solvers import StepTable
 
 __all__ = [
+    "ContinuousSampler",
     "GaussianDiffusion",
     "Sampler",
     "StepTable",
