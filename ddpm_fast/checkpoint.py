@@ -4,7 +4,7 @@ Layout, format version 1: tensors named ``model.*`` (the trained weights), ``ema
 average, which is what samples are drawn with) and ``optimizer.*`` (Adam's state), of which an
 inference checkpoint has only ``ema.*``; and in the file's metadata, under the key ``ddpm_fast``, a
 JSON object with ``format_version``, ``architecture``, ``model``, ``diffusion``, ``training`` and
-``step``. Nothing is ever unpickled.
+``step``. Nothing is ever unpickled. :func:`load` also reads folders that diffusers wrote.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,12 @@ from .atomic import atomic_write
 from .diffusion import GaussianDiffusion
 from .models import LightweightUNet, UNet
 
+if TYPE_CHECKING:
+    from .integrations.diffusers_models import DiffusersModel
+
 FORMAT_VERSION = 1
 Network: TypeAlias = LightweightUNet | UNet
+Loaded: TypeAlias = "Network | DiffusersModel"
 ARCHITECTURES: dict[str, type[Network]] = {
     "LightweightUNet": LightweightUNet,
     "UNet": UNet,
@@ -64,22 +68,31 @@ class Checkpoint:
 
 def load(
     name_or_path: str | os.PathLike[str], *, device: str | torch.device | None = None
-) -> tuple[Network, GaussianDiffusion]:
+) -> tuple[Loaded, GaussianDiffusion]:
     """Load a trained network, ready to draw samples with.
 
     Args:
         name_or_path: ``"digits"``, the bundled class-conditional model of 8x8 handwritten digits,
-            or the path of a checkpoint. (A file of that name is ``"./digits"``.)
+            or the path of a checkpoint. (A file of that name is ``"./digits"``.) Of a folder,
+            it is one that diffusers' ``save_pretrained`` wrote of a DDPMPipeline.
         device: where to put the network; the CPU by default.
 
     Returns:
         The network, in eval mode and with its averaged (EMA) weights where the checkpoint has
-        them, and its diffusion.
+        them, and its diffusion. Of a folder, our UNet where that is the same network, else one
+        that diffusers runs.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, foreign, of an unknown architecture or of a newer format.
+        ImportError: diffusers is needed to run a folder's network, and not installed.
     """
+    if Path(name_or_path).is_dir() and name_or_path not in BUNDLED:
+        # Imported here, so that those who do not need it do not wait for it.
+        from .integrations.diffusers_models import load_folder
+
+        foreign, diffusion = load_folder(Path(name_or_path))
+        return foreign.to(device), diffusion
     with _located(name_or_path) as path:
         checkpoint = read(path)
         model = build_model(checkpoint, path)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from . import bench, image_io, info
 from .atomic import atomic_write
-from .checkpoint import BUNDLED, load
+from .checkpoint import BUNDLED, Loaded, load
 from .diffusion import GaussianDiffusion
-from .models import LightweightUNet, UNet
+from .network import PRECISIONS
 from .ops import BACKENDS, serves_natively
-from .sampler import PRECISIONS, sample
+from .sampler import sample
 from .schedules import TIMESTEP_SPACINGS
 from .solvers import SAMPLERS
 from .training import Recipe, digits_recipe, folder_recipe, train
@@ -109,7 +109,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _batches(
     args: argparse.Namespace,
-    model: LightweightUNet | UNet,
+    model: Loaded,
     diffusion: GaussianDiffusion,
     labels: list[int] | None,
     device: torch.device,
@@ -217,7 +217,7 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     return classes
 
 
-def _labels(model: LightweightUNet | UNet, args: argparse.Namespace) -> list[int] | None:
+def _labels(model: Loaded, args: argparse.Namespace) -> list[int] | None:
     """The class of each sample: those of ``--classes`` in turn, whatever the batch size.
 
     They go by the sample's index in the whole run, as its noise does, so that a run which begins

@@ -249,6 +249,12 @@ class _Run:
         if self.num_classes is not None and self.num_classes != dataset.num_classes:
             found = dataset.num_classes or "none"
             raise ValueError(f"the model has {self.num_classes} classes, the data set {found}")
+        has_null_label = self.num_classes is None or getattr(model, "null_label", True)
+        if config.label_dropout > 0 and not has_null_label:
+            raise ValueError(
+                "label_dropout must be 0 for a model without a null label;"
+                f" got {config.label_dropout:g}"
+            )
         self.device = next(model.parameters()).device if device is None else torch.device(device)
         self.model = model.to(self.device).train()
         self.diffusion = diffusion

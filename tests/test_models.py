@@ -74,6 +74,10 @@ def test_cifar10_has_the_papers_number_of_parameters() -> None:
             "num_heads": 4,
         },
         {"num_res_blocks": 3, "num_classes": 2, "dropout": 0.5},
+        {"attention_resolutions": (8, 4), "num_head_channels": 4, "scale_shift_norm": True},
+        {"image_size": 7, "norm_groups": 2, "conventions": "openai", "timestep_scale": 0.25},
+        {"image_size": 7, "attention_resolutions": (7, 3), "resblock_updown": True},
+        {"time_channels": 20, "num_classes": 2, "resblock_updown": True, "dropout": 0.5},
     ],
     ids=str,
 )
@@ -90,12 +94,17 @@ def test_unet_rebuilds_from_its_config_and_keeps_the_size(options: dict[str, Any
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 6), (5, 31), (2, 2)])
-def test_unet_takes_other_sizes_than_its_own(size: tuple[int, int]) -> None:
-    assert small_unet()(torch.randn(2, 3, *size), torch.tensor([1, 2])).shape == (2, 3, *size)
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_unet_takes_other_sizes_than_its_own(size: tuple[int, int], resblock_updown: bool) -> None:
+    model = small_unet(resblock_updown=resblock_updown)
+    assert model(torch.randn(2, 3, *size), torch.tensor([1, 2])).shape == (2, 3, *size)
 
 
-def test_new_unet_predicts_zero() -> None:
-    assert not UNet(**SMALL)(torch.randn(2, 3, 8, 8), torch.tensor([1, 2])).any()
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_new_unet_predicts_zero(resblock_updown: bool) -> None:
+    assert not UNet(**SMALL, resblock_updown=resblock_updown)(
+        torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    ).any()
 
 
 def test_unet_treats_samples_independently() -> None:
@@ -125,6 +134,43 @@ def test_no_label_is_the_null_label() -> None:
     assert torch.equal(model(x, t), model(x, t, class_labels=torch.tensor([3, 3])))
 
 
+def test_options_for_other_codes_weights_are_in_the_config_where_they_are_used() -> None:
+    keys = UNet(**SMALL).config().keys()
+    assert list(keys) == [
+        "in_channels",
+        "out_channels",
+        "image_size",
+        "model_channels",
+        "channel_mult",
+        "num_res_blocks",
+        "attention_resolutions",
+        "num_heads",
+        "dropout",
+        "num_classes",
+    ]
+    config = UNet(**SMALL, num_classes=3, null_label=False, conventions="openai").config()
+    assert config.keys() - keys == {"null_label", "conventions"}
+
+
+def test_openais_time_embedding() -> None:
+    t, dim = 37, 8
+    frequencies = [10000 ** (-i / 4) for i in range(4)]
+    wanted = [math.cos(t * w) for w in frequencies] + [math.sin(t * w) for w in frequencies]
+    found = timestep_embedding(torch.tensor([t]), dim, "openai")
+    torch.testing.assert_close(found, torch.tensor([wanted]), rtol=0, atol=1e-5)
+
+
+def test_no_null_label() -> None:
+    model, x, t = (
+        small_unet(num_classes=3, null_label=False),
+        torch.randn(1, 3, 8, 8),
+        torch.ones(1),
+    )
+    assert model.class_embedding is not None and model.class_embedding.num_embeddings == 3
+    with pytest.raises(ValueError, match="class_labels needed: this network has no null label"):
+        model(x, t)
+
+
 def test_labels_for_a_network_without_classes() -> None:
     with pytest.raises(ValueError, match="this network has no classes"):
         small_unet()(torch.randn(1, 3, 8, 8), torch.tensor([1]), class_labels=torch.tensor([0]))
@@ -149,8 +195,10 @@ def test_unet_in_channels_last() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_unet_compiles_to_one_graph() -> None:
-    model, x, t = small_unet(num_classes=2), torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_unet_compiles_to_one_graph(resblock_updown: bool) -> None:
+    model = small_unet(num_classes=2, resblock_updown=resblock_updown)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, t), model(x, t))
 
@@ -159,6 +207,7 @@ def test_unet_compiles_to_one_graph() -> None:
     ("options", "sentence"),
     [
         ({"model_channels": 7}, "UNet: model_channels must be even and at least 4; got 7"),
+        ({"time_channels": 2}, "UNet: time_channels must be even and at least 4; got 2"),
         ({"channel_mult": ()}, "UNet: channel_mult must be positive numbers; got []"),
         (
             {"image_size": 2, "channel_mult": (1, 2, 2)},
@@ -169,6 +218,15 @@ def test_unet_compiles_to_one_graph() -> None:
             "UNet: attention_resolutions must be among the sizes of the levels, [8, 4]; got [16]",
         ),
         ({"num_heads": 3}, "UNet: num_heads must divide the channels of each level; got 3"),
+        (
+            {"num_head_channels": 16},
+            "UNet: num_head_channels must divide the channels of each level; got 16",
+        ),
+        ({"norm_groups": 0}, "UNet: norm_groups must divide the channels of each level; got 0"),
+        (
+            {"conventions": "mine"},
+            "UNet: conventions must be one of ddpm, openai; got 'mine'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

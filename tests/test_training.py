@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +30,7 @@ QUICK = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More would only wait for each other over tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pictures(TensorDataset):
@@ -246,6 +240,19 @@ def test_classes_of_model_and_data_must_agree(tmp_path: Path) -> None:
     unlabelled = TensorDataset(recipe.dataset.images)
     with pytest.raises(ValueError, match="the model has 2 classes, the data set none"):
         train(*recipe._replace(dataset=unlabelled), out=tmp_path / "a.safetensors")
+
+
+def test_label_dropout_needs_a_null_label(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    recipe = quick_recipe()
+    model = UNet(**recipe.model.config() | {"null_label": False})
+    with pytest.raises(ValueError) as caught:
+        train(*recipe._replace(model=model), out=path)
+    sentence = "label_dropout must be 0 for a model without a null label; got 0.1"
+    assert str(caught.value) == sentence and not path.exists()
+    config = replace(recipe.config, num_steps=1, label_dropout=0.0)
+    train(*recipe._replace(model=model, config=config), out=path, progress=False)
+    assert checkpoint.load(path)[0].config() == model.config()
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,62 @@
-"""The U-Net of Ho et al. 2020 (arXiv 2006.11239, appendix B), with optional class conditioning."""
+"""The U-Net of Ho et al. 2020 (arXiv 2006.11239, appendix B), with options of its successors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_NORM_EPS = 1e-6
 _Layer = TypeVar("_Layer", bound=nn.Module)
+_MakeNorm = Callable[[int], nn.GroupNorm]
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+class Conventions(NamedTuple):
+    """Where codebases differ without a trace in the weights.
+
+    Attributes:
+        cosines_first: of the two halves of the time embedding.
+        freq_shift: its frequencies are ``10000^(-i / (half - freq_shift))``.
+        norm_eps: of every GroupNorm.
+        symmetric_padding: of the convolution of stride 2, which else pads right and below only.
+    """
+
+    cosines_first: bool
+    freq_shift: int
+    norm_eps: float
+    symmetric_padding: bool
+
+
+# By whose code: that of Ho et al. 2020, or that of Nichol & Dhariwal 2021 and its descendants.
+CONVENTIONS = {
+    "ddpm": Conventions(False, 1, 1e-6, False),
+    "openai": Conventions(True, 0, 1e-5, True),
+}
+
+
+def timestep_embedding(t: Tensor, dim: int, conventions: str = "ddpm") -> Tensor:
     """Sinusoidal embedding of timesteps, float32 [N, dim].
 
     ``[sin(t w_0) ... sin(t w_{half-1}), cos(t w_0) ... cos(t w_{half-1})]`` with
     ``w_i = 10000^(-i / (half - 1))`` and ``half = dim // 2``: the convention of the paper's
-    code. Weights trained under another one (cosines first, or ``i / half``) give wrong pictures
-    without an error.
+    code. OpenAI's has the cosines first, and ``i / half``. Weights trained under the other one
+    give wrong pictures without an error.
 
     Args:
         t: timesteps [N], of any integer or floating type.
         dim: width of the embedding; even and at least 4.
+        conventions: ``ddpm`` or ``openai``.
     """
+    cosines_first, freq_shift, *_ = CONVENTIONS[conventions]
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    halves = [angles.sin(), angles.cos()]
+    return torch.cat(halves[::-1] if cosines_first else halves, dim=1)
 
 
 class UNet(nn.Module):
@@ -40,6 +67,8 @@ class UNet(nn.Module):
     halved by a convolution of stride 2, and doubled by nearest-neighbour copies and a convolution.
     The last convolution of each residual block, each attention's output and the network's output
     start at zero, so that a new network predicts zero.
+
+    The options from ``null_label`` on are for weights that other code has trained.
 
     Args:
         in_channels: channels of the picture.
@@ -56,6 +85,19 @@ class UNet(nn.Module):
         dropout: probability of dropout within residual blocks.
         num_classes: makes it class-conditional. The embedding has one more row, label
             ``num_classes``, which stands for no label (label dropout, guidance).
+        null_label: whether it has that row. Without it, labels are always needed.
+        num_head_channels: channels of each head, instead of a number of heads.
+        scale_shift_norm: time and class scale and shift what the second GroupNorm of a residual
+            block gives (Nichol & Dhariwal 2021), instead of being added before it.
+        norm_groups: groups of each GroupNorm; by default 32 in the paper's widths, and fewer in
+            narrow layers.
+        conventions: ``ddpm``, those of the paper's code, or ``openai``; see :class:`Conventions`.
+        timestep_scale: timesteps are multiplied by it before they are embedded.
+        time_channels: width of the sinusoids of time, even and at least 4; ``model_channels`` by
+            default.
+        resblock_updown: between levels the picture is halved, by averaging, and doubled, by
+            copies, within a residual block of its own (Dhariwal & Nichol 2021, arXiv 2105.05233,
+            section 3), instead of by a convolution.
 
     Raises:
         ValueError: for a configuration that cannot be built.
@@ -74,9 +116,16 @@ class UNet(nn.Module):
         num_heads: int = 1,
         dropout: float = 0.0,
         num_classes: int | None = None,
+        null_label: bool = True,
+        num_head_channels: int | None = None,
+        scale_shift_norm: bool = False,
+        norm_groups: int | None = None,
+        conventions: str = "ddpm",
+        timestep_scale: float = 1.0,
+        time_channels: int | None = None,
+        resblock_updown: bool = False,
     ) -> None:
         super().__init__()
-        _check_config(image_size, model_channels, channel_mult, attention_resolutions, num_heads)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.image_size = image_size
@@ -87,54 +136,83 @@ class UNet(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.num_classes = num_classes
+        self.null_label = null_label
+        self.num_head_channels = num_head_channels
+        self.scale_shift_norm = scale_shift_norm
+        self.norm_groups = norm_groups
+        self.conventions = conventions
+        self.timestep_scale = timestep_scale
+        self.time_channels = time_channels
+        self.resblock_updown = resblock_updown
+        self._check_config()
 
-        embedding_channels = 4 * model_channels
+        *_, norm_eps, symmetric_padding = CONVENTIONS[conventions]
+        norm = partial(_norm, groups=norm_groups, eps=norm_eps)
+        sinusoids = time_channels or model_channels
+        embedding_channels = 4 * sinusoids
         self.time_embedding = nn.Sequential(
-            _linear(model_channels, embedding_channels),
+            _linear(sinusoids, embedding_channels),
             nn.SiLU(),
             _linear(embedding_channels, embedding_channels),
         )
         self.class_embedding = (
-            None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
+            None
+            if num_classes is None
+            else nn.Embedding(num_classes + null_label, embedding_channels)
         )
 
-        def block(channels: int, width: int, size: int) -> _Block:
-            attends = size in self.attention_resolutions
-            return _Block(channels, width, embedding_channels, dropout, num_heads if attends else 0)
+        def block(
+            channels: int, width: int, *, attends: bool = False, kind: type[_Block] = _Block
+        ) -> _Block:
+            return kind(
+                channels,
+                width,
+                embedding_channels,
+                dropout,
+                num_heads=self._heads(width) if attends else 0,
+                scale_shift=scale_shift_norm,
+                norm=norm,
+            )
 
         widths = [model_channels * multiple for multiple in channel_mult]
-        sizes = [image_size >> level for level in range(len(widths))]
+        attends = [size in self.attention_resolutions for size in self._sizes()]
         last = len(widths) - 1
 
         self.conv_in = _conv(in_channels, model_channels)
         channels = model_channels
         skips = [channels]
         self.encoder = nn.ModuleList()
-        for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.encoder.append(block(channels, width, size))
+                self.encoder.append(block(channels, width, attends=attends[level]))
                 channels = width
                 skips.append(channels)
             if level < last:
-                self.encoder.append(_Downsample(channels))
+                self.encoder.append(
+                    block(channels, channels, kind=_DownBlock)
+                    if resblock_updown
+                    else _Downsample(channels, symmetric_padding)
+                )
                 skips.append(channels)
 
         self.middle = nn.ModuleList(
-            [
-                _Block(channels, channels, embedding_channels, dropout, num_heads),
-                _Block(channels, channels, embedding_channels, dropout, 0),
-            ]
+            [block(channels, channels, attends=True), block(channels, channels)]
         )
 
         self.decoder = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for _ in range(num_res_blocks + 1):
-                self.decoder.append(block(channels + skips.pop(), widths[level], sizes[level]))
-                channels = widths[level]
+                width = widths[level]
+                self.decoder.append(block(channels + skips.pop(), width, attends=attends[level]))
+                channels = width
             if level > 0:
-                self.decoder.append(_Upsample(channels))
+                self.decoder.append(
+                    block(channels, channels, kind=_UpBlock)
+                    if resblock_updown
+                    else _Upsample(channels)
+                )
 
-        self.norm_out = _norm(channels)
+        self.norm_out = norm(channels)
         self.conv_out = _zeroed(_conv(channels, self.out_channels))
 
     @classmethod
@@ -143,7 +221,21 @@ class UNet(nn.Module):
         return cls(**({"dropout": 0.1} | overrides))
 
     def config(self) -> dict[str, Any]:
-        """The keyword arguments that rebuild this network, as JSON-able values."""
+        """The keyword arguments that rebuild this network, as JSON-able values.
+
+        The options for weights of other code are there only where they are not the default, so
+        that networks without them have the configuration they have always had.
+        """
+        foreign = {
+            "null_label": True,
+            "num_head_channels": None,
+            "scale_shift_norm": False,
+            "norm_groups": None,
+            "conventions": "ddpm",
+            "timestep_scale": 1.0,
+            "time_channels": None,
+            "resblock_updown": False,
+        }
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -155,6 +247,7 @@ class UNet(nn.Module):
             "num_heads": self.num_heads,
             "dropout": self.dropout,
             "num_classes": self.num_classes,
+            **{k: getattr(self, k) for k, v in foreign.items() if getattr(self, k) != v},
         }
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -164,13 +257,14 @@ class UNet(nn.Module):
             x: pictures [N, in_channels, H, W], of the network's floating type.
             t: timesteps [N].
             class_labels: int64 [N], 0 ... num_classes; without them a class-conditional network
-                takes the null label, ``num_classes``, for all.
+                takes the null label, ``num_classes``, for all, if it has one.
 
         Returns:
             [N, out_channels, H, W], of the type of ``x``.
 
         Raises:
-            ValueError: when labels are given to a network without classes.
+            ValueError: labels given to a network without classes, or none to one without a null
+                label.
         """
         embedding = self._embed(t, class_labels, x.dtype)
         h = self.conv_in(x)
@@ -183,25 +277,74 @@ class UNet(nn.Module):
         for module in self.decoder:
             if isinstance(module, _Upsample):
                 h = module(h, skips[-1].shape[-2:])
+            elif isinstance(module, _UpBlock):
+                h = module(h, embedding, skips[-1].shape[-2:])
             else:
                 h = module(torch.cat([h, skips.pop()], dim=1), embedding)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 
     def _embed(self, t: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What every residual block is told of time and class, [N, 4 model_channels]."""
-        embedding = self.time_embedding(timestep_embedding(t, self.model_channels).to(dtype))
+        """What every residual block is told of time and class, [N, 4 time_channels]."""
+        times = t if self.timestep_scale == 1 else t.float() * self.timestep_scale
+        dim = self.time_channels or self.model_channels
+        sinusoids = timestep_embedding(times, dim, self.conventions)
+        embedding = self.time_embedding(sinusoids.to(dtype))
         if self.num_classes is not None and self.class_embedding is not None:
             if class_labels is None:
+                if not self.null_label:
+                    raise ValueError("UNet: class_labels needed: this network has no null label")
                 class_labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
             embedding = embedding + self.class_embedding(class_labels)
         elif class_labels is not None:
             raise ValueError("UNet: class_labels given, but this network has no classes")
         return F.silu(embedding)
 
+    def _sizes(self) -> list[int]:
+        """The height and width of the pictures on each level."""
+        return [self.image_size >> level for level in range(len(self.channel_mult))]
+
+    def _heads(self, width: int) -> int:
+        return width // self.num_head_channels if self.num_head_channels else self.num_heads
+
+    def _check_config(self) -> None:
+        """Raise ValueError for what would otherwise fail later, or silently not do as asked."""
+        channels, multiples = self.model_channels, self.channel_mult
+        for option in ("model_channels", "time_channels"):
+            width = getattr(self, option)
+            if width is not None and (width < 4 or width % 2):
+                raise ValueError(f"UNet: {option} must be even and at least 4; got {width}")
+        if not multiples or min(multiples) < 1:
+            raise ValueError(f"UNet: channel_mult must be positive numbers; got {list(multiples)}")
+        sizes = self._sizes()
+        if sizes[-1] < 1:
+            raise ValueError(
+                f"UNet: image_size {self.image_size} cannot be halved {len(sizes) - 1} times"
+                f" (channel_mult has {len(sizes)} levels)"
+            )
+        if not set(self.attention_resolutions) <= set(sizes):
+            raise ValueError(
+                f"UNet: attention_resolutions must be among the sizes of the levels, {sizes};"
+                f" got {list(self.attention_resolutions)}"
+            )
+        for option in ("num_heads", "num_head_channels", "norm_groups"):
+            divisor = getattr(self, option)
+            if divisor is not None and (
+                divisor < 1 or any(channels * multiple % divisor for multiple in multiples)
+            ):
+                raise ValueError(
+                    f"UNet: {option} must divide the channels of each level; got {divisor}"
+                )
+        if self.conventions not in CONVENTIONS:
+            known = ", ".join(CONVENTIONS)
+            raise ValueError(f"UNet: conventions must be one of {known}; got {self.conventions!r}")
+
 
 class _Block(nn.Module):
-    """A residual block, followed by self-attention when ``num_heads`` is not zero."""
+    """A residual block, followed by self-attention when ``num_heads`` is not zero.
+
+    The embedding is added to it, or scales and shifts it behind the second norm.
+    """
 
     def __init__(
         self,
@@ -209,13 +352,17 @@ class _Block(nn.Module):
         out_channels: int,
         embedding_channels: int,
         dropout: float,
+        *,
         num_heads: int,
+        scale_shift: bool,
+        norm: _MakeNorm,
     ) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.scale_shift = scale_shift
+        self.norm1 = norm(in_channels)
         self.conv1 = _conv(in_channels, out_channels)
-        self.embedding = _linear(embedding_channels, out_channels)
-        self.norm2 = _norm(out_channels)
+        self.embedding = _linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zeroed(_conv(out_channels, out_channels))
         self.shortcut = (
@@ -223,23 +370,49 @@ class _Block(nn.Module):
             if in_channels == out_channels
             else _conv(in_channels, out_channels, kernel_size=1, padding=0)
         )
-        self.attention = _Attention(out_channels, num_heads) if num_heads else nn.Identity()
+        self.attention = _Attention(out_channels, num_heads, norm) if num_heads else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.embedding(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def forward(self, x: Tensor, embedding: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        h = F.silu(self.norm1(x))
+        x, h = self.resized(x, size), self.resized(h, size)
+        h = self.conv1(h)
+        told = self.embedding(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + told)
+        h = self.conv2(self.dropout(F.silu(h)))
         out: Tensor = self.attention(self.shortcut(x) + h)
         return out
+
+    def resized(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
+        """What goes on to the convolutions, and what the block's result is added to."""
+        return x
+
+
+class _DownBlock(_Block):
+    """A residual block that halves height and width; odd ones are rounded down."""
+
+    def resized(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class _UpBlock(_Block):
+    """A residual block that brings height and width to the size of the next skip connection."""
+
+    def resized(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
+        assert size is not None
+        return F.interpolate(x, size=list(size), mode="nearest")
 
 
 class _Attention(nn.Module):
     """Self-attention over the positions of a picture, with a residual connection."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int, norm: _MakeNorm) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.qkv = _linear(channels, 3 * channels)
         for weight in self.qkv.weight.data.chunk(3):
             nn.init.xavier_uniform_(weight)  # each as a layer of its own
@@ -257,14 +430,19 @@ class _Attention(nn.Module):
 
 
 class _Downsample(nn.Module):
-    """Halve height and width, rounding down; pads right and below only, as the paper's code."""
+    """Halve height and width by a convolution.
 
-    def __init__(self, channels: int) -> None:
+    Without symmetric padding, it pads right and below only, as the paper's code, and rounds down;
+    with it, odd sizes are rounded up.
+    """
+
+    def __init__(self, channels: int, symmetric_padding: bool) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels, stride=2, padding=0)
+        self.symmetric_padding = symmetric_padding
+        self.conv = _conv(channels, channels, stride=2, padding=int(symmetric_padding))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(x if self.symmetric_padding else F.pad(x, (0, 1, 0, 1)))
         return out
 
 
@@ -280,13 +458,12 @@ class _Upsample(nn.Module):
         return out
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """32 groups in the paper's widths; fewer in narrow layers, so that each has 4 channels or more.
+def _norm(channels: int, *, groups: int | None, eps: float) -> nn.GroupNorm:
+    """By default 32 groups in the paper's widths, and fewer in narrow layers, of 4 channels each.
 
     Groups of one channel would erase every channel's mean.
     """
-    groups = max(1, math.gcd(128, channels) // 4)
-    return nn.GroupNorm(groups, channels, eps=_NORM_EPS)
+    return nn.GroupNorm(groups or max(1, math.gcd(128, channels) // 4), channels, eps=eps)
 
 
 def _conv(
@@ -313,30 +490,3 @@ def _zeroed(layer: _Layer) -> _Layer:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
-
-def _check_config(
-    image_size: int,
-    model_channels: int,
-    channel_mult: Sequence[int],
-    attention_resolutions: Sequence[int],
-    num_heads: int,
-) -> None:
-    """Raise ValueError for what would otherwise fail later, or silently not do what was asked."""
-    if model_channels < 4 or model_channels % 2:
-        raise ValueError(f"UNet: model_channels must be even and at least 4; got {model_channels}")
-    if not channel_mult or min(channel_mult) < 1:
-        raise ValueError(f"UNet: channel_mult must be positive numbers; got {list(channel_mult)}")
-    sizes = [image_size >> level for level in range(len(channel_mult))]
-    if sizes[-1] < 1:
-        raise ValueError(
-            f"UNet: image_size {image_size} cannot be halved {len(sizes) - 1} times"
-            f" (channel_mult has {len(sizes)} levels)"
-        )
-    if not set(attention_resolutions) <= set(sizes):
-        raise ValueError(
-            f"UNet: attention_resolutions must be among the sizes of the levels, {sizes};"
-            f" got {list(attention_resolutions)}"
-        )
-    if any(model_channels * multiple % num_heads for multiple in channel_mult):
-        raise ValueError(f"UNet: num_heads must divide the channels of each level; got {num_heads}")
