@@ -21,6 +21,8 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["integrations.schedulers"],
+    ["integrations"],
     ["__init__"],
     ["bench"],
     ["bench.checking"],
@@ -28,11 +30,14 @@ LAYERS = [
     ["bench.timing"],
     ["training"],
     ["data", "checkpoint", "image_io"],
-    ["atomic"],
-    ["sampler"],
-    ["conditioning", "evaluating", "graphs"],
+    ["atomic", "integrations.diffusers_models", "integrations.openai_models"],
+    ["integrations.weights"],
+    ["integrations"],
+    ["editing", "continuous"],
+    ["sampler", "resampling"],
+    ["conditioning", "evaluating", "graphs", "guidance", "network"],
     ["solvers"],
-    ["diffusion"],
+    ["diffusion", "thresholding"],
     ["schedules"],
     ["ops"],
     ["reference"],
@@ -107,6 +112,12 @@ def test_streams_and_rows_are_those_of_the_kernels() -> None:
     struct = (csrc / "step_math.h").read_text().split("struct StepRow {")[1].split("}")[0]
     words = struct.replace(",", " ").replace(";", " ").split()
     assert [word for word in words if word != "T"] == list(ops.ROW)
+
+
+def test_diffusers_is_imported_by_its_adapters_only() -> None:
+    code = "import sys, ddpm_fast, ddpm_fast.integrations; print('diffusers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
 
 
 def test_public_names_are_documented() -> None:
