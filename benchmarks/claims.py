@@ -84,7 +84,7 @@ def any_of(*names: str) -> Callable[[str], bool]:
     return lambda name: name in names
 
 
-SMALL, MEDIUM, LARGE, HUGE = 3_072, 49_152, 3_145_728, 67_108_864
+SMALL, MEDIUM, MILLION, LARGE, HUGE = 3_072, 49_152, 1_048_576, 3_145_728, 67_108_864
 END = 1 << 40
 NOISE = {"op": "reverse_step", "kind": "noise", "dtype": "float32"}
 LOOP = {"op": "loop", "network": "three_convolutions", "resolution": 32}
@@ -119,6 +119,19 @@ CLAIMS = [
     step_claim("against eager as textbooks write it, 3 k", "textbook", SMALL, 3),
     step_claim("against eager in place, 3 k", "in_place", SMALL, 3),
     step_claim("against diffusers, 3 k", "diffusers", SMALL, 10),
+    *(
+        Claim(
+            f"guided reverse step, against {name}, 1 M",
+            "cpu",
+            NOISE | {"kind": "guided", "contender": contender, "elements": MILLION},
+            speed_up,
+            2,
+        )
+        for name, contender in (
+            ("eager in place", "in_place"),
+            ("guidance by torch.lerp before the op", "native_after_lerp"),
+        )
+    ),
     Claim(
         "q_sample against eager, 49 k up",
         "cpu",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
-from ddpm_fast.bench import processor_name
+import origin
 from ddpm_fast.bench.timing import Call, calls_per_round, clock, rounds_within, seconds_per_call
 
 Race = Callable[..., None]
 SECONDS, SECONDS_IN_FULL = 1.0, 3.0  # for each row
-PACKAGES = ("ddpm_fast", "torch", "diffusers", "denoising-diffusion-pytorch")
 STATISTICS = ("median", "q1", "q3", "min", "max", "rounds", "iterations")
 
 
@@ -118,15 +115,8 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any)
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     """What the results are read against, and nothing that names the machine or its owner."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine_info.clear()
-    machine_info.update(
-        cpu=processor_name(),
-        threads=torch.get_num_threads(),
-        gpu=gpu,
-        python=platform.python_version(),
-        versions={name: _version(name) for name in PACKAGES},
-    )
+    machine_info.update(origin.machine_info())
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
@@ -135,10 +125,3 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         row["stats"] = {name: row["stats"][name] for name in STATISTICS}
         for name in ("fullname", "param", "params", "options"):
             del row[name]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

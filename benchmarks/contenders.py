@@ -4,7 +4,7 @@ other libraries, and the floors below which no step can fall."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +101,19 @@ def diffusers_step(p: StepProblem) -> Step:
     return step
 
 
+def native_after_lerp(p: StepProblem) -> Step:
+    """Guidance in PyTorch, in one pass into a buffer allocated once, and then our op without it."""
+    cond, uncond = p.model_output.chunk(2)
+    w, guided = p.guidance_scale, torch.empty_like(p.x_t)
+    advance = ours.native(replace(p, model_output=guided, guidance_scale=None))
+
+    def step() -> Tensor:
+        torch.lerp(uncond, cond, w, out=guided)
+        return advance()
+
+    return step
+
+
 STEPS = {
     "textbook": Contender(ours.textbook),
     "in_place": Contender(ours.in_place),
@@ -109,6 +122,7 @@ STEPS = {
     "diffusers": Contender(diffusers_step, needs="diffusers"),
     "reference": Contender(ours.reference, drawn_by="counter"),
     "native": Contender(ours.native, drawn_by="counter"),
+    "native_after_lerp": Contender(native_after_lerp, drawn_by="counter"),
 }
 
 
@@ -148,7 +162,12 @@ def copy(x: Tensor) -> Step:
     return lambda: destination.copy_(source)
 
 
-WITH_NOISE_ONLY = ("compiled_after_randn", "randn")
+KINDS_OF = {
+    "compiled_after_randn": ("noise", "guided"),
+    "randn": ("noise",),
+    "native_after_lerp": ("guided",),
+}
+"""Those contenders that have no part in steps of every kind."""
 
 FLOORS = {"randn": (randn, 1), "add": (add, 3), "copy": (lambda p: copy(p.x_t), 2)}
 """Each with the number of tensors that it moves."""

@@ -20,6 +20,7 @@ STYLES = {
     "in_place": ("eager, in place", "#56B4E9"),
     "compiled": ("torch.compile", "#009E73"),
     "compiled_after_randn": ("torch.randn, then torch.compile", "#7FC8B4"),
+    "native_after_lerp": ("torch.lerp, then ddpm_fast", "#F0A36B"),
     "diffusers": ("diffusers", "#CC79A7"),
     "lucidrains": ("lucidrains", "#E69F00"),
     "reference": ("ddpm_fast, pure-PyTorch fallback", "#999999"),

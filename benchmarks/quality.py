@@ -1,6 +1,7 @@
 """How good are the samples of a model of the digits? Three figures, each against real digits.
 
     python -m benchmarks.quality [--checkpoint digits] [--sampler ddpm] [--steps N] [--num 1000]
+    python -m benchmarks.quality --memoriser order|random
 
 The model has seen the half "train" of scikit-learn's digits and never the half "held_out", which
 looks as if by other writers.
@@ -19,6 +20,10 @@ looks as if by other writers.
   "train" to the other, where 1 is a perfect fit. All are means over 20 random draws.
 - *Nearest neighbour*: the median distance from samples to their nearest neighbours in "train" over
   that from "held_out" digits. Copies of training pictures would give 0.
+
+`--memoriser` measures, instead of a model, one that would know "train" by heart: pictures of
+"train", drawn with replacement. With "random" the halves are stratified random ones (seed 0), which
+the checkpoint has not been trained on.
 
 Exits with 1 if a figure misses its bound.
 """
@@ -58,12 +63,33 @@ class Figure(NamedTuple):
     met: bool = True
 
 
-def measure(samples: Array, labels: Array, seed: int = 0) -> list[Figure]:
+class Halves(NamedTuple):
+    """Real digits: those that the samples imitate, and others."""
+
+    train: TensorDataset
+    held_out: TensorDataset
+
+
+def halves(split: str = "order") -> Halves:
+    """Of the digits, as they lie, or stratified random ones."""
+    if split == "order":
+        return Halves(digits("train"), digits("held_out"))
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
+    both = digits("all")
+    parts = train_test_split(range(len(both)), test_size=0.5, stratify=both.labels, random_state=0)
+    return Halves(*(TensorDataset(*both.batch(torch.tensor(p), torch.Generator())) for p in parts))
+
+
+def measure(
+    samples: Array, labels: Array, seed: int = 0, real: Halves | None = None
+) -> list[Figure]:
     """The figures of ``samples`` [N, 64] in [-1, 1], drawn for the classes ``labels`` [N].
 
-    ``seed`` is of the random subsets that are compared.
+    ``seed`` is of the random subsets that are compared, ``real`` what the samples are held
+    against, by default the halves by order.
     """
-    train, held_out = digits("train"), digits("held_out")
+    train, held_out = real or halves()
     rng = np.random.default_rng(seed)
 
     right, accuracy = _labelled(samples, labels, train, held_out)
@@ -116,7 +142,7 @@ def _frechet(
     size = min(len(samples), len(train))
     small = min(len(samples), len(train) // 2)
 
-    def halves() -> float:
+    def between_halves() -> float:
         both = draw(train, 2 * small)
         return frechet_distance(both[:small], both[small:])
 
@@ -124,7 +150,7 @@ def _frechet(
         mean(lambda: frechet_distance(draw(samples, size), draw(held_out, size))),
         mean(lambda: frechet_distance(draw(train, size), draw(held_out, size))),
         mean(lambda: frechet_distance(draw(samples, small), draw(train, small))),
-        mean(halves),
+        mean(between_halves),
     )
 
 
@@ -179,6 +205,13 @@ def draw_samples(args: argparse.Namespace) -> tuple[Array, Array]:
     return torch.cat(batches).numpy(), labels.numpy()
 
 
+def memorised(real: Halves, num: int, seed: int) -> tuple[Array, Array]:
+    """``num`` of the training digits, drawn with replacement, [num, 64], and their classes."""
+    chosen = np.random.default_rng(seed).integers(len(real.train), size=num)
+    assert real.train.labels is not None
+    return _pixels(real.train)[chosen], real.train.labels.numpy()[chosen]
+
+
 def table(figures: Sequence[Figure]) -> str:
     """The figures in columns."""
     lines = [f"{'':24}{'samples':>10}{'real':>10}{'measured':>10}  bound"]
@@ -188,14 +221,15 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, measure and print; 0 if all bounds are met, else 1."""
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What to draw and measure, as the command line says it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", default="digits", help="name or path (default: digits)")
+    parser.add_argument("--memoriser", choices=("order", "random"), help="of halves split so")
     parser.add_argument("--sampler", default="ddpm", help="default: ddpm")
     parser.add_argument("--steps", type=int, help="default: all of the diffusion's")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: none)")
@@ -204,9 +238,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    figures = measure(*draw_samples(args), seed=args.seed)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw, measure and print; 0 if all bounds are met, else 1."""
+    args = options(argv)
+    real = halves(args.memoriser or "order")
+    drawn = memorised(real, args.num, args.seed) if args.memoriser else draw_samples(args)
+    figures = measure(*drawn, seed=args.seed, real=real)
     if args.json:
         print(json.dumps({"options": vars(args), "figures": [f._asdict() for f in figures]}))
     else:

@@ -3,8 +3,8 @@
     python -m benchmarks.report [benchmarks/results/NAME.json ...]
 
 Rewrites what stands between the markers in README.md and docs/benchmarks.md, and the pictures in
-docs/images/; each figure comes from the JSON files, by default all that are committed. A CPU and a
-GPU may come from different files; the first that has rows of a device counts.
+docs/images/; each figure comes from the JSON files, by default all of speeds that are committed. A
+CPU and a GPU may come from different files; the first that has rows of a device counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .plots import draw
 from .rows import Results, Row, load
 
 ROOT = Path(__file__).parent.parent
+QUALITY_BY_STEPS = "quality-by-steps.json"
 CONTENDERS = {
     "textbook": "eager PyTorch, as textbooks write it",
     "in_place": "eager PyTorch, in place",
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", type=Path, help="default: all of benchmarks/results")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to write to")
     args = parser.parse_args(argv)
-    results = load(args.results or sorted((ROOT / "benchmarks" / "results").glob("*.json")))
+    results = load(args.results or results_of_speed())
 
     images = args.root / "docs" / "images"
     images.mkdir(exist_ok=True)
@@ -52,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace_between_markers(page, "machines", machines(results))
     replace_between_markers(page, "plots", gallery(pictures))
     return 0
+
+
+def results_of_speed() -> list[Path]:
+    """All that are committed."""
+    committed = (ROOT / "benchmarks" / "results").glob("*.json")
+    return sorted(path for path in committed if path.name != QUALITY_BY_STEPS)
 
 
 def replace_between_markers(page: Path, name: str, text: str) -> None:

@@ -56,3 +56,27 @@ def test_blurred_and_mislabelled_samples_miss_the_bounds() -> None:
     assert not labelled.met and not frechet.met
     assert fit.value > 2
     assert "MISSED" in quality.table([labelled])
+
+
+@pytest.mark.parametrize("split", ["order", "random"])
+def test_halves_part_the_digits(split: str) -> None:
+    train, held_out = quality.halves(split)
+    both = np.concatenate([quality._pixels(train), quality._pixels(held_out)])
+    everything = quality._pixels(quality.digits("all"))
+    np.testing.assert_array_equal(np.sort(both, axis=0), np.sort(everything, axis=0))
+    assert (len(train), len(held_out)) == (898, 899)
+
+
+def test_random_halves_are_stratified() -> None:
+    train, held_out = quality.halves("random")
+    difference = train.labels.bincount() - held_out.labels.bincount()
+    assert difference.abs().max() <= 1
+
+
+def test_a_memoriser_draws_its_training_half() -> None:
+    real = quality.halves("random")
+    drawn, labels = quality.memorised(real, 1000, seed=0)
+    assert drawn.shape == (1000, 64) and labels.shape == (1000,)
+    assert quality.nearest_distances(drawn, quality._pixels(real.train)).max() < 1e-5
+    labelled, *_, neighbour = quality.measure(drawn, labels, real=real)
+    assert labelled.value == 1 and not neighbour.met
