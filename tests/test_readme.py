@@ -34,7 +34,28 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), target
 
 
-def test_the_noise_page_names_real_tests() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", (ROOT / "docs" / "noise.md").read_text()):
-        assert f"def {name}(" in sources, name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_real_tests(page: Path) -> None:
+    """And where a name is a link, it leads to the file that has the test."""
+    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    text = page.read_text()
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in "".join(files.values()), name
+    for name, file in re.findall(r"`(test_\w+)`\]\(../tests/(\w+\.py)\)", text):
+        assert f"def {name}(" in files[file], (name, file)
+
+
+def test_every_complaint_has_an_answer_and_a_test() -> None:
+    """Each row of the table: threads, an answer, and a test or the words that none applies."""
+    _, table = (ROOT / "docs" / "faq.md").read_text().split("## Every complaint")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "](http" in line]
+    assert len(rows) > 30
+    for complaint, answer, test in rows:
+        assert "/issues/" in complaint or "/pull/" in complaint
+        assert answer and ("`test_" in test or "Does not apply" in test), complaint
+
+
+def test_complaints_of_the_answers_are_in_the_table() -> None:
+    answers, table = (ROOT / "docs" / "faq.md").read_text().split("## Every complaint")
+    threads = re.findall(r"https://github.com/[^)]+/(?:issues|pull)/\d+", answers)
+    assert threads and not [thread for thread in threads if thread not in table]
