@@ -49,7 +49,7 @@ def separate_model(monkeypatch: pytest.MonkeyPatch) -> SeparateModel:
     """Stands in for every checkpoint, with a diffusion of ten steps."""
     model = SeparateModel()
     diffusion = GaussianDiffusion.from_schedule("linear", 10)
-    monkeypatch.setattr(cli, "load", lambda name, device: (model, diffusion))
+    monkeypatch.setattr(cli.sample, "load", lambda name, device: (model, diffusion))
     return model
 
 
@@ -135,7 +135,7 @@ def tiles(path: str, count: int, columns: int) -> list[np.ndarray[Any, Any]]:
     ],
 )
 def test_class_lists(text: str, classes: list[int]) -> None:
-    assert cli.parse_classes(text, 10) == classes
+    assert cli.sample.parse_classes(text, 10) == classes
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_class_lists(text: str, classes: list[int]) -> None:
 )
 def test_bad_class_lists(text: str, complaint: str) -> None:
     with pytest.raises(ValueError) as error:
-        cli.parse_classes(text, 10)
+        cli.sample.parse_classes(text, 10)
     assert str(error.value) == f"--classes {text}: {complaint}"
 
 
@@ -170,7 +170,7 @@ def test_bad_class_lists(text: str, complaint: str) -> None:
     ],
 )
 def test_output_kinds(out: str, kind: str) -> None:
-    assert cli.output_kind(out) == kind
+    assert cli.options.output_kind(out) == kind
 
 
 def help_text(command: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -196,8 +196,8 @@ def test_help_of_train_tells_the_defaults_of_the_recipes(
     pytest.importorskip("sklearn")
     text = " ".join(help_text("train", capsys).split())
     digits, folder = digits_recipe().config, TrainConfig()
-    assert list(cli.TRAIN_OPTIONS) == [field.name for field in fields(TrainConfig)]
-    for name, (flag, meaning, _, _) in cli.TRAIN_OPTIONS.items():
+    assert list(cli.train.TRAIN_OPTIONS) == [field.name for field in fields(TrainConfig)]
+    for name, (flag, meaning, _, _) in cli.train.TRAIN_OPTIONS.items():
         ours, theirs = getattr(digits, name), getattr(folder, name)
         default = f"{ours}" if ours == theirs else f"{ours} for digits, else {theirs}"
         assert re.search(rf"{flag} [NX] {re.escape(f'{meaning} (default: {default})')}", text)
@@ -405,7 +405,7 @@ def test_outputs_are_checked_before_anything_is_drawn(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
-    monkeypatch.setattr(cli, "load", pytest.fail)
+    monkeypatch.setattr(cli.sample, "load", pytest.fail)
     for command in (("sample", "--out"), ("train", "digits", "--out")):
         assert run(*command, "a.png") == 2
         sentence = "--out a.png: cannot write in .: Read-only file system"

@@ -21,6 +21,8 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["cli.sample", "cli.train", "cli.bench", "cli.info"],
+    ["cli.options"],
     ["integrations.schedulers"],
     ["integrations"],
     ["__init__"],

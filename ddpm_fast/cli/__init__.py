@@ -1,0 +1,80 @@
+"""The command line, ``ddpm-fast train | sample | bench | info``: thin wrappers of the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+from . import bench, info, sample, train
+from .options import PROG
+
+COMMANDS = {"sample": sample, "train": train, "bench": bench, "info": info}
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the process's own, and return its exit code.
+
+    0 is success; 2 a mistaken option or bad input, told in one sentence on stderr; 130 an
+    interruption by Ctrl-C. An option that cannot be parsed raises SystemExit(2), as argparse does.
+    """
+    args = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            args.run(args)
+        except KeyboardInterrupt as interrupt:
+            _say(str(interrupt) or "interrupted")
+            return EXIT_INTERRUPTED
+        except (FloatingPointError, ImportError, OSError, ValueError) as error:
+            _say(f"error: {_sentence(error)}")
+            return EXIT_BAD_INPUT
+    return 0
+
+
+def _say(message: str) -> None:
+    print(f"{PROG}: {message}", file=sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # raised by the system, not by this package
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _say(f"warning: {message}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in the form of all other errors, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{PROG}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description="Draw samples from diffusion models, and train them.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(added)
+        added.set_defaults(run=command.run)
+    return parser

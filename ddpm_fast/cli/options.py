@@ -1,0 +1,108 @@
+"""What the commands share: options, and checks of what they are given before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..ops import serves_natively
+
+PROG = "ddpm-fast"
+
+
+def output_kind(out: str) -> str:
+    """What ``--out`` asks for: ".png" a grid, ".npz" an archive, "folder" a PNG per image.
+
+    A folder is a path that ends in a slash, or one that exists as a folder.
+
+    Raises:
+        ValueError: any other path.
+    """
+    if _is_folder(out):
+        return "folder"
+    extension = Path(out).suffix
+    if extension.lower() in (".png", ".npz"):
+        return extension.lower()
+    found = f"the extension {extension}" if extension else "no extension"
+    raise ValueError(
+        f"--out {out} has {found}; known are .png (a grid), .npz (arrays), "
+        f"and a folder, written with a slash: {out}/"
+    )
+
+
+def _is_folder(out: str) -> bool:
+    return out.endswith(("/", os.sep)) or Path(out).is_dir()
+
+
+def check_writable(out: str) -> None:
+    """Find out before the work is done whether the file or folder ``out`` can be written.
+
+    Raises:
+        ValueError: The folder of a file is missing, nothing can be written there, or a file or a
+            folder of that name is in the way.
+    """
+    path = Path(out)
+    if _is_folder(out):
+        folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"--out {out} exists and is not a regular file")
+    else:
+        folder = path.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write in {folder}: {error.strerror}") from None
+
+
+def uses_native(device: torch.device, backend: str) -> bool:
+    """Whether the kernels will serve; ValueError where ``backend`` asks for what is not there."""
+    try:
+        return serves_natively(device, backend)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name, found to work; without a name the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """``--device``, for :func:`device_named`."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1, as argparse's ``type``."""
+    return _integer(text, 1)
+
+
+def index(text: str) -> int:
+    """An index, at least 0, as argparse's ``type``."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+    return value

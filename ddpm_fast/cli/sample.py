@@ -1,0 +1,235 @@
+"""``ddpm-fast sample``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import image_io
+from ..checkpoint import Loaded, load
+from ..diffusion import GaussianDiffusion
+from ..network import PRECISIONS
+from ..ops import BACKENDS
+from ..sampler import sample
+from ..schedules import TIMESTEP_SPACINGS
+from ..solvers import SAMPLERS
+from .options import (
+    add_device,
+    check_writable,
+    count,
+    device_named,
+    index,
+    output_kind,
+    uses_native,
+)
+
+SUMMARY = "draw samples and write them as pictures"
+EXAMPLES = """\
+examples:
+  ddpm-fast sample
+  ddpm-fast sample --classes 1,7,7 --num 12 --seed 3 --out sevens.png
+  ddpm-fast sample --num 1000 --sampler ddim --steps 50 --out samples.npz
+  ddpm-fast sample --checkpoint cats.safetensors --num 256 --batch 32 --out cats/"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    what = parser.add_argument_group("what to draw")
+    what.add_argument(
+        "--checkpoint",
+        default="digits",
+        metavar="NAME|PATH",
+        help="a bundled model or a checkpoint file (default: %(default)s)",
+    )
+    what.add_argument(
+        "--num",
+        type=count,
+        default=64,
+        metavar="N",
+        help="number of samples (default: %(default)s)",
+    )
+    what.add_argument(
+        "--classes",
+        metavar="LIST",
+        help="the classes to take in turn, such as 3 or 0-9 or 1,7,7 (default: all the model has)",
+    )
+    what.add_argument(
+        "--seed", type=int, default=0, help="the same seed, the same samples (default: %(default)s)"
+    )
+    what.add_argument(
+        "--first-index",
+        type=index,
+        default=0,
+        metavar="N",
+        help="index of the first sample: a run can be drawn in parts (default: %(default)s)",
+    )
+    what.add_argument(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help="height and width (default: what the model was made for)",
+    )
+
+    how = parser.add_argument_group("how to draw")
+    how.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: %(default)s)")
+    how.add_argument(
+        "--steps", type=count, metavar="N", help="sampling steps (default: all the model's)"
+    )
+    how.add_argument(
+        "--eta",
+        type=float,
+        default=0.0,
+        help="noise of ddim: 0 none, 1 as much as ddpm (default: %(default)s)",
+    )
+    how.add_argument(
+        "--spacing",
+        choices=TIMESTEP_SPACINGS,
+        default="trailing",
+        help="which timesteps to take where they are fewer (default: %(default)s)",
+    )
+    how.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help="classifier-free guidance: above 1 sharpens the class (default: none)",
+    )
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--out",
+        default="samples.png",
+        metavar="PATH",
+        help=".png: one grid; .npz: arrays; a folder, written with a slash: a PNG per sample "
+        "(default: %(default)s)",
+    )
+    where.add_argument(
+        "--batch",
+        type=count,
+        default=64,
+        metavar="N",
+        help="samples drawn at a time; changes no picture (default: %(default)s)",
+    )
+    add_device(where)
+    where.add_argument(
+        "--precision", choices=PRECISIONS, help="of the network's arithmetic (default: fp32)"
+    )
+    where.add_argument("--backend", choices=BACKENDS, default="auto", help="(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    kind = output_kind(args.out)
+    check_writable(args.out)
+
+    device = device_named(args.device)
+    native = uses_native(device, args.backend)
+    model, diffusion = load(args.checkpoint, device=device)
+    labels = _labels(model, args)
+    started = time.perf_counter()
+    batches = _batches(args, model, diffusion, labels, device)
+    if kind == "folder":
+        for first_index, images in batches:
+            image_io.save_images(images, args.out, first_index=first_index)
+    else:
+        save = image_io.save_grid if kind == ".png" else image_io.save_npz
+        save(torch.cat([images for _, images in batches]), args.out, labels=labels)
+    seconds = time.perf_counter() - started
+
+    steps = args.steps or diffusion.num_timesteps
+    rate = steps * math.ceil(args.num / args.batch) / seconds
+    backend = "native" if native else "reference"
+    print(f"{args.out}: {args.num} samples of {args.checkpoint}, seed {args.seed}")
+    print(
+        f"{args.sampler} with {steps} steps, {backend} backend on {device}: "
+        f"{seconds:.1f} s, {rate:.1f} steps/s"
+    )
+
+
+def _batches(
+    args: argparse.Namespace,
+    model: Loaded,
+    diffusion: GaussianDiffusion,
+    labels: list[int] | None,
+    device: torch.device,
+) -> Iterator[tuple[int, Tensor]]:
+    """Draw batch after batch; gives the index of its first sample, and its images on the CPU."""
+    size = args.image_size or getattr(model, "image_size", None)
+    if size is None:
+        raise ValueError("this model draws pictures of any size: choose one with --image-size")
+    one_batch = args.num <= args.batch  # its bar counts steps, that of many counts samples
+    with tqdm(total=args.num, unit="sample", disable=True if one_batch else None) as bar:
+        for start in range(0, args.num, args.batch):
+            count = min(args.batch, args.num - start)
+            try:
+                images = sample(
+                    model,
+                    (count, model.in_channels, size, size),
+                    diffusion=diffusion,
+                    sampler=args.sampler,
+                    num_steps=args.steps,
+                    eta=args.eta,
+                    timestep_spacing=args.spacing,
+                    seed=args.seed,
+                    first_index=args.first_index + start,
+                    class_labels=None if labels is None else labels[start : start + count],
+                    guidance_scale=args.guidance,
+                    device=device,
+                    precision=args.precision,
+                    backend=args.backend,
+                    progress=one_batch and sys.stderr.isatty(),
+                )
+            except torch.OutOfMemoryError:
+                raise ValueError(
+                    f"--batch {args.batch}: {device} has too little memory "
+                    "for so many samples at a time"
+                ) from None
+            yield args.first_index + start, images.cpu()
+            bar.update(count)
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """The classes that ``text`` lists, in its order: "3", "0-9", "1,7,7", "0-3,8".
+
+    Raises:
+        ValueError: ``text`` is not such a list, or a class is not below ``num_classes``.
+    """
+    classes: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if ends is None:
+            raise ValueError(
+                f"--classes {text}: {part!r} is neither a class, such as 3, "
+                "nor a range, such as 0-9"
+            )
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if first > last:
+            raise ValueError(f"--classes {text}: the range {part.strip()} runs backwards")
+        if last >= num_classes:
+            raise ValueError(f"--classes {text}: the classes of this model are 0-{num_classes - 1}")
+        classes.extend(range(first, last + 1))
+    return classes
+
+
+def _labels(model: Loaded, args: argparse.Namespace) -> list[int] | None:
+    """The class of each sample: those of ``--classes`` in turn, whatever the batch size.
+
+    They go by the sample's index in the whole run, as its noise does, so that a run which begins
+    at another ``--first-index`` continues the same pictures.
+    """
+    num_classes = getattr(model, "num_classes", None)
+    if num_classes is None:
+        if args.classes is not None:
+            raise ValueError(f"--classes {args.classes}: this model has no classes")
+        return None
+    text = f"0-{num_classes - 1}" if args.classes is None else args.classes
+    classes = parse_classes(text, num_classes)
+    indices = range(args.first_index, args.first_index + args.num)
+    return [classes[index % len(classes)] for index in indices]

@@ -1,0 +1,106 @@
+"""``ddpm-fast train``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ..training import Recipe, digits_recipe, folder_recipe, train
+from .options import PROG, add_device, check_writable, count, device_named
+
+SUMMARY = "train a model on the digits or on your pictures"
+EXAMPLES = """\
+examples:
+  ddpm-fast train digits --out digits.safetensors
+  ddpm-fast train photos/ --image-size 64 --classes-from-folders --out photos.safetensors
+  ddpm-fast train digits --out digits.safetensors --resume"""
+
+# Each option of training.TrainConfig: its flag, its meaning, and the recipes' values.
+TRAIN_OPTIONS = {
+    "num_steps": ("--steps", "optimizer steps in the whole run", 2_500, 800_000),
+    "batch_size": ("--batch-size", "pictures per step", 128, 128),
+    "learning_rate": ("--lr", "Adam's learning rate", 1e-3, 2e-4),
+    "warmup_steps": ("--warmup-steps", "steps in which it rises from zero", 200, 5_000),
+    "grad_clip": ("--grad-clip", "largest norm of the gradient", 1.0, 1.0),
+    "ema_decay": ("--ema-decay", "decay of the averaged weights per step", 0.999, 0.9999),
+    "label_dropout": ("--label-dropout", "share of labels hidden, for guidance", 0.1, 0.1),
+    "seed": ("--seed", "seed of everything random", 0, 0),
+    "checkpoint_every": ("--checkpoint-every", "steps between two checkpoints", 500, 5_000),
+}
+FOLDER_IMAGE_SIZE = 32
+FOLDER_OPTIONS = ("image_size", "classes_from_folders", "channels", "model_channels")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("data", metavar="digits|PATH", help="scikit-learn's digits, or a folder")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint to write")
+    parser.add_argument("--resume", action="store_true", help="continue the run in FILE")
+    add_device(parser)
+
+    recipe = parser.add_argument_group("recipe")
+    for name, (flag, meaning, digits, folder) in TRAIN_OPTIONS.items():
+        default = f"{digits}" if digits == folder else f"{digits} for digits, else {folder}"
+        recipe.add_argument(
+            flag,
+            dest=name,
+            type=type(digits),
+            metavar="N" if isinstance(digits, int) else "X",
+            help=f"{meaning} (default: {default})",
+        )
+
+    folders = parser.add_argument_group("for folders")
+    folders.add_argument(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help=f"height and width to train at (default: {FOLDER_IMAGE_SIZE})",
+    )
+    folders.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for colour (default: 3)"
+    )
+    folders.add_argument(
+        "--model-channels",
+        type=count,
+        metavar="N",
+        help="width of the network: less is faster (default: 128)",
+    )
+    folders.add_argument(
+        "--classes-from-folders",
+        action="store_true",
+        default=None,
+        help="the subfolders are the classes (default: no classes)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    check_writable(args.out)
+
+    device = device_named(args.device)
+    recipe = _recipe(args)
+    started = time.perf_counter()
+    train(*recipe, out=args.out, resume=args.resume, device=device)
+    seconds = time.perf_counter() - started
+    print(f"{args.out}: trained to step {recipe.config.num_steps} on {device} in {seconds:.0f} s")
+    print(f"draw samples with: {PROG} sample --checkpoint {args.out}")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """What the data asks for, with the changes that the options make."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    options = {name: given[name] for name in TRAIN_OPTIONS if name in given}
+    if args.data == "digits":
+        for name in FOLDER_OPTIONS:
+            if name in given:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is for folders; the digits have their own recipe")
+        return digits_recipe(**options)
+    network = {"in_channels": args.channels, "model_channels": args.model_channels}
+    return folder_recipe(
+        args.data,
+        image_size=given.get("image_size", FOLDER_IMAGE_SIZE),
+        class_labels=bool(args.classes_from_folders),
+        model_options={name: value for name, value in network.items() if value is not None},
+        **options,
+    )
