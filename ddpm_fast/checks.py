@@ -106,6 +106,12 @@ def check_output_shape(a: Argument, like: Argument, *, guided: bool) -> None:
         )
 
 
+def check_is_tensor(name: str, value: object) -> None:
+    """TypeError for anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
 def is_walkable(tensor: Tensor) -> bool:
     """Whether a kernel can walk a batch: each sample's pixels are evenly spaced in memory."""
     stride, span = None, 1

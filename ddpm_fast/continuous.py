@@ -6,9 +6,10 @@ import itertools
 import operator
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .evaluating import evaluating
 from .guidance import check_guidance, rescale_factor, scale_table
 from .network import Model, Network, check_has_variance
 from .ops import ROW
-from .solvers import Spacing, StepTable, step_table
+from .solvers import Spacing, StepTable, check_sampler, step_table
 
 
 @dataclass
@@ -28,11 +29,12 @@ class _Request:
     ticket: int
     seed: Tensor
     index: int
+    key: Hashable  # of its table
     table: StepTable
-    first_row: int
     steps_left: int
     label: Tensor | None
     guidance_scale: float
+    cancelled: bool = False
 
 
 class ContinuousSampler:
@@ -89,7 +91,10 @@ class ContinuousSampler:
         self._tickets = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []
-        self._tables: dict[tuple[object, ...], tuple[int, StepTable]] = {}
+        self._finished: dict[int, Tensor] = {}
+        # Those that some request needs, and where in the rows those of the steps under way begin.
+        self._tables: WeakValueDictionary[Hashable, StepTable] = WeakValueDictionary()
+        self._first_rows: dict[Hashable, int] = {}
         self._turn = 0
         self._copies = 2 if guided else 1  # of each sample, for the network to look at
         with torch.inference_mode(False):  # a sampler serves in any mode
@@ -122,17 +127,17 @@ class ContinuousSampler:
         number = operator.index(index)
         if not 0 <= number < 1 << 48:
             raise ValueError(f"index must lie in [0, 2**48); got {number}")
-        if not self.guided and guidance_scale != 1:
+        scale = float(scale_table(guidance_scale, 1, 1, self._x.new_empty(0, device="cpu")))
+        if not self.guided and scale != 1:
             raise ValueError("guidance_scale needs a sampler that is guided")
-        scale = float(scale_table(guidance_scale, 1, 1, self.rows))
         with self._lock:
-            first_row, table = self._table(sampler, num_steps, eta, timestep_spacing)
+            key, table = self._table(sampler, num_steps, eta, timestep_spacing)
             request = _Request(
                 ticket=next(self._tickets),
-                seed=ops.seed_tensor(seed, self.network.device),
+                seed=ops.seed_tensor(seed, "cpu"),
                 index=number,
+                key=key,
                 table=table,
-                first_row=first_row,
                 steps_left=len(table),
                 label=self._checked_label(class_label),
                 guidance_scale=scale,
@@ -140,31 +145,57 @@ class ContinuousSampler:
             self._waiting.append(request)
         return request.ticket
 
-    def step(self) -> dict[int, Tensor]:
-        """One step of all requests under way; the samples that it finished, by their tickets.
-
-        Each is ``shape``, float32 (float64 for a float64 model).
-        """
+    def cancel(self, ticket: int) -> bool:
+        """Gives a request up, before the next step; whether it was waiting or under way."""
         with self._lock:
+            for request in (*self._waiting, *self._active):
+                if request.ticket == ticket and not request.cancelled:
+                    request.cancelled = True
+                    return True
+        return False
+
+    def step(self) -> dict[int, Tensor]:
+        """One step of all requests under way; the samples that are finished, by their tickets.
+
+        Each is ``shape``, float32 (float64 for a float64 model). Where the network raises, the
+        step has not been taken: all requests are as they were.
+        """
+        self._step()
+        with self._lock:
+            finished, self._finished = self._finished, {}
+        return finished
+
+    def run(self) -> Iterator[tuple[int, Tensor]]:
+        """Steps until nothing is left, and yields tickets and samples as they are finished.
+
+        What it has not yielded when it is left, the next ``run`` or ``step`` gives.
+        """
+        while len(self):
+            if not self._finished:
+                self._step()
+            while self._finished:
+                ticket = next(iter(self._finished))
+                yield ticket, self._finished.pop(ticket)
+
+    def __len__(self) -> int:
+        """The requests whose samples have not been given out: waiting, under way or finished."""
+        with self._lock:
+            asked = sum(not request.cancelled for request in (*self._waiting, *self._active))
+            return asked + len(self._finished)
+
+    def _step(self) -> None:
+        with self._lock:
+            self._release()
             self._admit()
         if not self._active:
-            return {}
+            return
         with evaluating(self.network.model), torch.inference_mode(), self.network.autocast():
             self._advance()
         self._turn = 1 - self._turn
         for request in self._active:
             request.steps_left -= 1
         with self._lock:
-            return self._release()
-
-    def run(self) -> Iterator[tuple[int, Tensor]]:
-        """Steps until nothing is left, and yields tickets and samples as they are finished."""
-        while len(self):
-            yield from self.step().items()
-
-    def __len__(self) -> int:
-        """The requests that are not finished, under way or waiting."""
-        return len(self._active) + len(self._waiting)
+            self._release()
 
     def _prepare_buffers(self) -> None:
         network, slots = self.network, self.max_batch
@@ -193,18 +224,17 @@ class ContinuousSampler:
 
     def _table(
         self, sampler: str, num_steps: int | None, eta: float, spacing: Spacing
-    ) -> tuple[int, StepTable]:
-        """A table and its first row among those of all tables."""
+    ) -> tuple[Hashable, StepTable]:
+        """A table, made once for all requests that want it at a time, and what it is known by."""
+        check_sampler(sampler)
         spacing = spacing if isinstance(spacing, str) else tuple(map(operator.index, spacing))
         key = sampler, num_steps, eta, spacing
-        if key not in self._tables:
-            table = step_table(
-                self.diffusion, sampler, num_steps, eta=eta, timestep_spacing=spacing
-            )
-            rows = table.to(self.rows.device, self.rows.dtype)
-            first_row, self.rows = len(self.rows), torch.cat([self.rows, rows])
-            self._tables[key] = first_row, table
-        return self._tables[key]
+        table = self._tables.get(key)
+        if table is None:
+            options = {"eta": eta, "timestep_spacing": spacing}
+            table = step_table(self.diffusion, sampler, num_steps, **options)  # type: ignore[arg-type]
+            self._tables[key] = table
+        return key, table
 
     def _checked_label(self, label: int | None) -> Tensor | None:
         others = self._active or self._waiting
@@ -218,43 +248,60 @@ class ContinuousSampler:
 
     def _admit(self) -> None:
         room = self.max_batch - len(self._active)
-        joining = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        for slot, request in enumerate(joining, len(self._active)):
-            self._begin(request, slot)
-        self._active += joining
+        joining = list(itertools.islice(self._waiting, room))
+        if any(request.key not in self._first_rows for request in joining):
+            self._lay_out([*self._active, *joining])
+        for request in joining:
+            self._begin(request, len(self._active))
+            self._active.append(self._waiting.popleft())
         if joining:
             self._gather()
+
+    def _lay_out(self, requests: Sequence[_Request]) -> None:
+        """The rows of these requests' tables one behind the other, and no others."""
+        tables = {request.key: request.table for request in requests}
+        starts = itertools.accumulate(map(len, tables.values()), initial=0)
+        to = self.rows.device, self.rows.dtype
+        self.rows = torch.cat([table.to(*to) for table in tables.values()])
+        self._first_rows = dict(zip(tables, starts, strict=False))
+        for slot, request in enumerate(self._active):
+            self._steps[self._turn, slot] = self._row_of(request)
+
+    def _row_of(self, request: _Request) -> int:
+        return self._first_rows[request.key] + len(request.table) - request.steps_left
 
     def _begin(self, request: _Request, slot: int) -> None:
         self._seeds[slot] = request.seed
         self._indices[slot] = request.index
-        self._steps[self._turn, slot] = request.first_row
+        self._steps[self._turn, slot] = self._row_of(request)
         self._scales[slot] = request.guidance_scale
         if request.label is not None:
             self._labels[slot] = request.label
         self._x[slot] = ops.philox_normal(
             (1, *self.shape),
-            seed=request.seed,
+            seed=self._seeds[slot],
             sample_index=self._indices[slot : slot + 1],
-            timestep=torch.zeros_like(request.seed),
+            timestep=torch.zeros_like(self._seeds[slot]),
             dtype=self._x.dtype,
             backend=self.backend,
         )[0]
 
-    def _release(self) -> dict[int, Tensor]:
-        finished = {}
+    def _release(self) -> None:
+        """Lets those leave that are done or cancelled."""
+        leaving = [slot for slot, request in enumerate(self._active) if _leaves(request)]
+        for slot in sorted(leaving, key=lambda slot: self._active[slot].ticket):
+            if not self._active[slot].cancelled:
+                self._finished[self._active[slot].ticket] = self._x[slot].clone()
         # From the last on, so that the slot that fills a gap is of a request under way.
-        for slot in reversed(range(len(self._active))):
-            if self._active[slot].steps_left == 0:
-                finished[self._active[slot].ticket] = self._x[slot].clone()
-                last = len(self._active) - 1
-                for buffer in self._slots():
-                    buffer[slot].copy_(buffer[last])
-                self._active[slot] = self._active[last]
-                self._active.pop()
-        if finished:
+        for slot in reversed(leaving):
+            last = len(self._active) - 1
+            for buffer in self._slots():
+                buffer[slot].copy_(buffer[last])
+            self._active[slot] = self._active[last]
+            self._active.pop()
+        if leaving:
             self._gather()
-        return dict(sorted(finished.items()))
+        self._waiting = deque(request for request in self._waiting if not request.cancelled)
 
     def _gather(self) -> None:
         """What the network is asked next, after the batch has changed."""
@@ -310,3 +357,7 @@ class ContinuousSampler:
             next_t=t,
             backend=self.backend,
         )
+
+
+def _leaves(request: _Request) -> bool:
+    return request.cancelled or request.steps_left == 0

@@ -240,6 +240,14 @@ class GaussianDiffusion:
             return torch.zeros_like(abar), torch.ones_like(abar)
         return abar.sqrt(), -(1 - abar).sqrt()
 
+    def eps_coefs(self, abar: Tensor) -> tuple[Tensor, Tensor]:
+        """Like ``abar``, float64 ``[S]``: eps = first x_t + second model_output."""
+        if self.prediction_type == "epsilon":
+            return torch.zeros_like(abar), torch.ones_like(abar)
+        if self.prediction_type == "sample":
+            return (1 / (1 - abar)).sqrt(), -(abar / (1 - abar)).sqrt()
+        return (1 - abar).sqrt(), abar.sqrt()
+
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should output for ``q_sample(x_start, t, noise)``; like ``x_start``."""
         if self.prediction_type == "epsilon":

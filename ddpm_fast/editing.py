@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_is_tensor, walkable
 from .diffusion import GaussianDiffusion
 from .network import Model
 from .resampling import resampled
-from .sampler import checked_first_index, sample
+from .sampler import checked_first_index, checked_shape, sample
 from .solvers import Spacing, ddim_inversion, step_table
 
 
@@ -39,7 +41,8 @@ def inpaint(
         mask: broadcasts against it: 1 where the picture is known, 0 where it is to be drawn.
         jump_length, jump_n_sample: see :func:`ddpm_fast.resampling.resampled`; ``jump_n_sample``
             = 1 goes straight on.
-        options: the others of :func:`sample`.
+        options: the others of :func:`sample`. A ``guidance_scale`` for each step would have to
+            count the repeated ones too.
 
     Returns:
         ``[N, C, ...]``: the picture itself where the mask is 1.
@@ -47,6 +50,7 @@ def inpaint(
     Raises:
         ValueError: as :func:`sample` and :func:`ddpm_fast.resampling.resampled`.
     """
+    check_is_tensor("image", image)
     diffusion = diffusion or GaussianDiffusion()
     table = step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
     table = resampled(table, diffusion, jump_length=jump_length, jump_n_sample=jump_n_sample)
@@ -79,7 +83,8 @@ def image_to_image(
         image: ``[N, C, ...]``, in [-1, 1].
         strength: in (0, 1], the part of the steps that is taken, the last of them; at 1 next to
             nothing is left of the picture.
-        options: the others of :func:`sample`.
+        options: the others of :func:`sample`. A ``guidance_scale`` for each step counts those
+            that are taken.
 
     Returns:
         Like ``image``.
@@ -87,15 +92,16 @@ def image_to_image(
     Raises:
         ValueError: a strength outside (0, 1] or of less than one step, and as :func:`sample`.
     """
+    check_is_tensor("image", image)
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1]; got {strength}")
     diffusion = diffusion or GaussianDiffusion()
     table = step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
-    steps = int(strength * len(table))
+    steps = int(strength * len(table) + 1e-9)  # 0.29 of 100 is 29, in binary 28.999...
     if steps == 0:
         raise ValueError(f"strength {strength} of {len(table)} steps is less than one")
     table = table.tail(len(table) - steps)
-    t = torch.tensor(table.timesteps[0], device=image.device)
+    image, t = walkable(image), torch.tensor(table.timesteps[0], device=image.device)
     if generator is None:
         seed = int(ops.seed_tensor(seed, "cpu")) % 2**64
         index = _indices(len(image), first_index, image.device)
@@ -140,6 +146,7 @@ def invert(
     Raises:
         ValueError: as :func:`sample` and :func:`ddpm_fast.solvers.ddim_inversion`.
     """
+    check_is_tensor("image", image)
     diffusion = diffusion or GaussianDiffusion()
     table = ddim_inversion(diffusion, num_steps, timestep_spacing=timestep_spacing)
     return sample(model, image.shape, diffusion=diffusion, sampler=table, x_T=image, **options)
@@ -162,8 +169,10 @@ def interpolate(
         ``[num, C, ...]``.
 
     Raises:
-        ValueError: fewer than 2, ends of different shapes, and as :func:`sample`.
+        ValueError: fewer than 2, ends of different shapes, that are zero or opposite, which no
+            arc joins, and as :func:`sample`.
     """
+    num = operator.index(num)
     if num < 2:
         raise ValueError(f"num must be at least 2; got {num}")
     if first.shape != second.shape:
@@ -183,9 +192,9 @@ def initial_noise(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The x_T that :func:`sample` starts from with these arguments, float32 ``shape``."""
-    where = ops.seed_tensor(seed, device)
+    shape, where = checked_shape(shape), ops.seed_tensor(seed, device)
     return ops.philox_normal(
-        tuple(shape),
+        shape,
         seed=where,
         sample_index=_indices(shape[0], first_index, device),
         timestep=torch.zeros_like(where),
@@ -200,10 +209,15 @@ def slerp(first: Tensor, second: Tensor, weights: Sequence[float]) -> Tensor:
     """Points on the arc between two tensors of one shape (Shoemake 1985), ``[len(weights), ...]``.
 
     Unlike the chord, it keeps their length, which is what makes noise noise.
+
+    Raises:
+        ValueError: one is zero, or they are opposite: no one arc joins these.
     """
     a, b = first.double().flatten(), second.double().flatten()
-    cosine = (a @ b / (a.norm() * b.norm())).clamp(-1, 1)
-    angle = cosine.arccos()
+    lengths = a.norm() * b.norm()
+    angle = (a @ b / lengths).clamp(-1, 1).arccos()
+    if not lengths > 0 or angle > torch.pi - 1e-9:
+        raise ValueError("first and second must not be zero, nor opposite: no one arc joins these")
     w = torch.tensor(weights, dtype=torch.float64, device=first.device)[:, None]
     if angle.sin() < 1e-9:
         arc = a.lerp(b, w)

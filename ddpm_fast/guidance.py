@@ -38,7 +38,10 @@ def scale_table(scale: Scale, steps: int, batch: int, rows: Tensor) -> Tensor:
     Raises:
         ValueError: another shape, or a number that is not finite.
     """
-    table = torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+    try:
+        table = torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"guidance_scale must be numbers; got {scale!r}") from None
     shape = list(table.shape)
     table = table.reshape(1, -1) if table.dim() < 2 else table
     if table.dim() > 2 or len(table) not in (1, steps) or table.shape[1] not in (1, batch):
@@ -74,8 +77,17 @@ def score_coefs(diffusion: GaussianDiffusion, table: StepTable) -> Tensor:
 
     Added to the score of x_t, it takes sqrt(1 - abar) times itself off eps (Dhariwal & Nichol 2021,
     arXiv 2105.05233, eq. 14; Song et al. 2021, arXiv 2011.13456, section 5), and moves x_start and
-    v as that does. Where abar is 0, x_t tells a classifier nothing, and its gradient is not asked.
+    v as that does. Where abar is 0, x_t tells a classifier nothing, and its gradient counts for
+    nothing.
+
+    Raises:
+        ValueError: the table passes timesteps that the diffusion has not.
     """
+    if max(table.timesteps) >= diffusion.num_timesteps:
+        raise ValueError(
+            f"cond_fn needs the diffusion that the table was made for: timestep"
+            f" {max(table.timesteps)} is not among {diffusion.num_timesteps}"
+        )
     abar = diffusion.alphas_cumprod[list(table.timesteps)]
     if diffusion.prediction_type == "epsilon":
         return -(1 - abar).sqrt()
@@ -91,7 +103,7 @@ def shifted(output: Tensor, gradient: Tensor, coef: Tensor, channels: int) -> Te
             f"cond_fn must return a gradient of the shape of x_t; got {list(gradient.shape)}"
         )
     shifted = output.clone()
-    shifted[:, :channels] += (coef * gradient).to(output.dtype)
+    shifted[:, :channels] += reference.term(coef, gradient).to(output.dtype)
     return shifted
 
 

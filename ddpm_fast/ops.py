@@ -138,7 +138,7 @@ def reverse_step(
 
         x_prev = mask (known_from_x0 known + known_sigma noise) + (1 - mask) x_prev
 
-    Gradients flow to x_t, model_output, noise, x0_prev and known.
+    Gradients flow to x_t, model_output, noise, x0_prev and known, and to nothing else.
 
     Args:
         x_t: ``[N, C, ...]``, contiguous or channels_last.
@@ -154,7 +154,8 @@ def reverse_step(
         guidance_scale: ``[S or 1, N or 1]`` in the compute dtype: w for each row and sample.
         guidance_factor: ``[N]`` in the compute dtype.
         threshold: ``[N]`` in the compute dtype, positive; takes the place of ``clip``.
-        known, mask: like x_t, or expanded to its shape; the mask from 0 (drawn) to 1 (known).
+        known, mask: like x_t, also one sample expanded to all, or one channel; the mask from 0
+            (drawn) to 1 (known).
         clip: clamp xstart to [-clip, clip]; None does not.
         out: where to write x_prev, like x_t; x_t itself works in place.
         pred_xstart: where to write xstart, like x_t; may be ``x0_prev`` itself.
@@ -217,7 +218,7 @@ def reverse_step(
         in_place(x_t, *inputs, pred_xstart, next_input, next_step, next_t)
         return x_t
     writes = not (out is pred_xstart is next_input is next_step is next_t is None)
-    if not writes and _want_gradient(x_t, model_output, noise, x0_prev, known, mask):
+    if not writes and _want_gradient(x_t, model_output, noise, x0_prev, known):
         x_prev: Tensor = _native.reverse_step.default(x_t, *inputs)
         return x_prev
     out = torch.empty_like(x_t) if out is None else out

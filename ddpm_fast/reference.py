@@ -135,13 +135,13 @@ def keep_known(
     kept = term(row["known_from_x0"], known.to(x_prev.dtype))
     if noise is not None:
         kept = kept + term(row["known_sigma"], noise.to(x_prev.dtype))
-    keep = mask.to(x_prev.dtype)
+    keep = mask.detach().to(x_prev.dtype)
     return term(keep, kept) + term(1 - keep, x_prev)
 
 
 def over_batch(numbers: Tensor, like: Tensor) -> Tensor:
-    """A number for each sample, to broadcast against a batch."""
-    return numbers.reshape(-1, *[1] * (like.dim() - 1))
+    """A number for each sample, to broadcast against a batch; no gradient flows to it."""
+    return numbers.detach().reshape(-1, *[1] * (like.dim() - 1))
 
 
 def guided(

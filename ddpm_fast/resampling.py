@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -37,6 +38,7 @@ def resampled(
         ValueError: a number below 1, a table that goes back already, or reads its history, which a
             jump would outdate, or a ``learned`` variance, which cannot be folded.
     """
+    jump_length, jump_n_sample = operator.index(jump_length), operator.index(jump_n_sample)
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(
             f"jump_length and jump_n_sample must be at least 1; got {jump_length}, {jump_n_sample}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import graphs, ops
+from .checks import check_is_tensor
 from .conditioning import Labels, checked_labels, with_null
 from .diffusion import GaussianDiffusion
 from .evaluating import evaluating
@@ -116,8 +117,8 @@ def sample(
         model_kwargs: passed on to the model; with guidance, for a batch of the conditional and,
             behind them, the unconditional samples.
         device: where to compute; the model's by default.
-        precision: ``bf16`` or ``fp16`` runs the network under autocast, ``fp32`` without; the
-            state stays float32. A model that is itself of half precision is fed in its own.
+        precision: ``bf16`` or ``fp16`` runs the network and ``cond_fn`` under autocast, ``fp32``
+            without; the state stays float32. A model of half precision is fed in its own.
         compile: run the network through ``torch.compile``.
         backend: ``auto``, ``native`` or ``reference``; see :mod:`ddpm_fast.ops`.
         progress: show a progress bar.
@@ -209,9 +210,7 @@ class Sampler:
         backend: str = "auto",
     ) -> None:
         self.model = model
-        self.shape = tuple(operator.index(size) for size in shape)
-        if len(self.shape) < 2 or min(self.shape) < 1:
-            raise ValueError(f"shape must be (N, C, ...), each at least 1; got {self.shape}")
+        self.shape = checked_shape(shape)
         check_guidance(guidance_scale, guidance_rescale, cond_fn)
         self.diffusion = diffusion or GaussianDiffusion()
         self.table = _table(self.diffusion, sampler, num_steps, eta, timestep_spacing)
@@ -320,6 +319,8 @@ class Sampler:
             return None, None
         if known is None or mask is None:
             raise ValueError("known and mask must be given together")
+        check_is_tensor("known", known)
+        check_is_tensor("mask", mask)
         if tuple(known.shape) != self.shape:
             raise ValueError(f"known must have shape {list(self.shape)}; got {list(known.shape)}")
         if not known.is_floating_point():
@@ -348,11 +349,9 @@ class Sampler:
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
         first = checked_first_index(first_index, self.shape[0])
-        if x_T is not None and tuple(x_T.shape) != self.shape:
-            raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
-        if x_T is not None and not x_T.is_floating_point():
-            raise ValueError(f"x_T must hold floating-point numbers; got {x_T.dtype}")
-        if generator is None:
+        if x_T is not None:
+            self._check_start(x_T)
+        if generator is None and (x_T is None or self.draws_noise):
             self.seed.copy_(ops.seed_tensor(seed, self.device))
             torch.add(self.offset, first, out=self.sample_index)
 
@@ -362,6 +361,13 @@ class Sampler:
             self.next_input.view(-1, *self.shape).copy_(self.x)
         self.step_index[0].zero_()
         self.t.fill_(self.table.timesteps[0])
+
+    def _check_start(self, x_T: Tensor) -> None:
+        check_is_tensor("x_T", x_T)
+        if tuple(x_T.shape) != self.shape:
+            raise ValueError(f"x_T must have shape {list(self.shape)}; got {list(x_T.shape)}")
+        if not x_T.is_floating_point():
+            raise ValueError(f"x_T must hold floating-point numbers; got {x_T.dtype}")
 
     def _checked_kwargs(
         self, class_labels: Labels | None, model_kwargs: Mapping[str, Any] | None
@@ -529,6 +535,14 @@ class Sampler:
             coef = self.score_coefs.index_select(0, self.step_index[turn].reshape(1))
             output = shifted(output, gradient, coef, self.shape[1])
         return output
+
+
+def checked_shape(shape: Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The shape of a batch; ValueError where it is none."""
+    sizes = tuple(operator.index(size) for size in shape)
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"shape must be (N, C, ...), each at least 1; got {sizes}")
+    return sizes
 
 
 def checked_first_index(first_index: SupportsIndex, batch: int) -> int:

@@ -205,33 +205,29 @@ def ddim_inversion(
     """The noise that deterministic DDIM makes a sample of: its steps run backwards.
 
     From x_0, where abar is 1, each step leads to the next noisier timestep, at which the network
-    is asked (Song et al. 2021, section 4.3). There is no clamp. With the same arguments
-    :func:`ddim` goes the same way back: exactly where the noise that the network predicts does
-    not change along a step, and else the more closely, the more steps there are.
+    is asked for eps (Song et al. 2021, section 4.3); what it predicts is read as at that timestep,
+    so that networks of all prediction types lead to one x_T. There is no clamp. With the same
+    arguments :func:`ddim` goes the same way back: exactly where the eps that the network predicts
+    does not change along a step, and else the more closely, the more steps there are.
 
     Args:
-        diffusion: the process to follow, of epsilon or v_prediction.
+        diffusion: the process to follow.
         num_steps: as for :func:`ddpm_fast.schedules.respace`.
         timestep_spacing: as for :func:`ddpm_fast.schedules.respace`; a list decreases here too.
 
     Raises:
-        ValueError: sample prediction, and as :func:`ddpm_fast.schedules.respace`.
+        ValueError: as :func:`ddpm_fast.schedules.respace`.
     """
-    if diffusion.prediction_type == "sample":
-        raise ValueError(
-            "ddim_inversion needs epsilon or v_prediction: "
-            "a prediction of x_0 leaves open which noise leads away from it"
-        )
     chain = _Chain(diffusion, num_steps, timestep_spacing)
     abar, ahead = chain.abar_prev, chain.abar
+    eps_from_xt, eps_from_out = diffusion.eps_coefs(ahead)
     rows = chain.rows(start=abar, end=ahead)
+    # x_0 of x_t and eps, Song et al. 2021, eq. 12, and on from there with the same eps.
+    rows["x0_from_xt"] = (1 - (1 - abar).sqrt() * eps_from_xt) / abar.sqrt()
+    rows["x0_from_out"] = -(1 / abar - 1).sqrt() * eps_from_out
     rows["mean_from_x0"] = ahead.sqrt()
-    if diffusion.prediction_type == "epsilon":
-        rows["mean_from_out"] = (1 - ahead).sqrt()
-    else:
-        # eps = sqrt(abar) v + sqrt(1 - abar) x_t
-        rows["mean_from_out"] = ((1 - ahead) * abar).sqrt()
-        rows["mean_from_xt"] = ((1 - ahead) * (1 - abar)).sqrt()
+    rows["mean_from_xt"] = (1 - ahead).sqrt() * eps_from_xt
+    rows["mean_from_out"] = (1 - ahead).sqrt() * eps_from_out
     table = chain.table(rows, reads_variance=chain.learned)
     return replace(
         table,
@@ -292,6 +288,13 @@ class _Chain:
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 
 
+def check_sampler(sampler: object) -> None:
+    """ValueError for what is not the name of a sampler."""
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        got = repr(sampler) if isinstance(sampler, str) else f"a {type(sampler).__name__}"
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {got}")
+
+
 def step_table(
     diffusion: GaussianDiffusion,
     sampler: str = "ddpm",
@@ -306,8 +309,7 @@ def step_table(
         ValueError: an unknown sampler, ``eta`` for a sampler that has none, and what the
             sampler's own function raises.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
+    check_sampler(sampler)
     if sampler == "ddim":
         return ddim(diffusion, num_steps, eta=eta, timestep_spacing=timestep_spacing)
     if eta != 0:

@@ -43,9 +43,10 @@ class Thresholding:
 
 
 def quantile(values: Tensor, ratio: float) -> Tensor:
-    """The quantile of each row of ``[N, E]``, linear between two values, as torch.quantile's.
+    """The quantile of each row of ``[N, E]``, linear between two values.
 
-    That one refuses more than 2**24 numbers before torch 2.14.
+    As torch.quantile, which refuses more than 2**24 numbers before torch 2.14, but that NaN counts
+    as the largest number: a few of them do not undo the clamp of all others.
     """
     last = values.shape[1] - 1
     place = ratio * last

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cases import GaussianModel
-from ddpm_fast import GaussianDiffusion, sample
+from ddpm_fast import GaussianDiffusion, ops, sample
 from ddpm_fast.continuous import ContinuousSampler
 
 SHAPE = (2, 5, 7)
@@ -190,6 +190,11 @@ def test_bad_samplers_are_refused(options: dict[str, Any], sentence: str) -> Non
         ({"seed": -1}, "seed must lie in [0, 2**64); got -1"),
         ({"num_steps": 0}, "num_steps must lie in [1, 20]; got 0"),
         ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m; got 'euler'"),
+        ({"sampler": ["ddim"]}, "sampler must be one of ddpm, ddim, dpmpp_2m; got a list"),
+        (
+            {"guidance_scale": [1.0, 2.0]},
+            "guidance_scale must be one number or have shape [1] or [1 or 1, 1 or 1]; got [2]",
+        ),
         ({"guidance_scale": 2.0}, "guidance_scale needs a sampler that is guided"),
         ({"class_label": 1}, "all requests that share a sampler have a class_label, or none has"),
     ],
@@ -241,10 +246,67 @@ def test_a_scale_in_another_form_is_one_number(scale: Any) -> None:
 
 
 def test_equal_timesteps_share_a_table() -> None:
-    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=1, diffusion=DIFFUSION)
+    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=3, diffusion=DIFFUSION)
     for _ in range(3):
         sampler.submit(seed=0, timestep_spacing=torch.tensor([19, 7, 0]))  # type: ignore[arg-type]
+    sampler.step()
     assert len(sampler.rows) == 3
+
+
+def test_a_table_goes_with_its_last_request() -> None:
+    """Clients choose eta and timesteps: a server must not keep all that it was ever asked for."""
+    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=2, diffusion=DIFFUSION)
+    for number in range(50):
+        sampler.submit(seed=0, sampler="ddim", eta=number / 50, num_steps=3)
+        sampler.step()
+    assert len(sampler.rows) <= 3 * 3 and len(sampler._tables) <= len(sampler)
+
+
+def test_what_a_run_has_not_yielded_is_not_lost() -> None:
+    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=4, diffusion=DIFFUSION)
+    tickets = [sampler.submit(seed=0, index=n, num_steps=3) for n in range(4)]
+    given_out = [next(sampler.run())[0]]
+    assert len(sampler) == 3
+    given_out += [next(sampler.run())[0], *sampler.step()]
+    assert given_out == tickets and len(sampler) == 0
+
+
+def test_requests_may_be_cancelled() -> None:
+    """Waiting, under way or not at all; the others do not notice."""
+    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=2, diffusion=DIFFUSION)
+    requests = [{"seed": 3, "index": n, "num_steps": 4 + n} for n in range(4)]
+    tickets = [sampler.submit(**request) for request in requests]
+    sampler.step()
+    assert sampler.cancel(tickets[0]) and sampler.cancel(tickets[3])
+    assert not sampler.cancel(tickets[0]) and not sampler.cancel(99) and len(sampler) == 2
+    finished = dict(sampler.run())
+    assert sorted(finished) == tickets[1:3]
+    for ticket, picture in finished.items():
+        assert torch.equal(picture, alone(MODEL, requests[ticket], diffusion=DIFFUSION))
+    assert not sampler.cancel(tickets[1])
+
+
+def test_a_request_that_could_not_be_begun_waits_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that join, memory runs out for the second: neither is lost."""
+    sampler = ContinuousSampler(MODEL, SHAPE, max_batch=2, diffusion=DIFFUSION)
+    requests = [{"seed": 3, "index": n, "num_steps": 2} for n in range(2)]
+    tickets = [sampler.submit(**request) for request in requests]
+    draw, drawn = ops.philox_normal, []
+
+    def scarce(*args: Any, **kwargs: Any) -> torch.Tensor:
+        drawn.append(args)
+        if len(drawn) == 2:
+            raise torch.OutOfMemoryError
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "philox_normal", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.step()
+    assert len(sampler) == 2
+    finished = dict(sampler.run())
+    assert sorted(finished) == tickets
+    for ticket, request in zip(tickets, requests, strict=True):
+        assert torch.equal(finished[ticket], alone(MODEL, request, diffusion=DIFFUSION))
 
 
 def test_a_sampler_made_in_inference_mode_serves_outside() -> None:

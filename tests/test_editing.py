@@ -295,6 +295,27 @@ def test_strength_is_checked(strength: float) -> None:
         image_to_image(MODEL, IMAGE, strength=strength, diffusion=DIFFUSION)
 
 
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_strength_is_the_part_of_the_steps(percent: int) -> None:
+    """0.29 of 100 steps is 29, though 0.29 * 100 is less in binary."""
+    taken = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        taken.append(t)
+        return x
+
+    options: dict[str, Any] = {"num_steps": 100, "seed": 0, "diffusion": GaussianDiffusion()}
+    image_to_image(network, IMAGE[:1, :1, :1], strength=percent / 100, **options)
+    assert len(taken) == percent
+
+
+def test_any_layout_of_a_picture_will_do(backend: str) -> None:
+    options: dict[str, Any] = {"diffusion": DIFFUSION, "seed": 0, "backend": backend}
+    turned = IMAGE.transpose(-1, -2)
+    expected = image_to_image(MODEL, turned.contiguous(), **options)
+    assert torch.equal(image_to_image(MODEL, turned, **options), expected)
+
+
 def test_strength_of_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="strength 0.05 of 10 steps is less than one"):
         image_to_image(MODEL, IMAGE, strength=0.05, num_steps=10, diffusion=DIFFUSION)
@@ -335,6 +356,42 @@ def test_interpolation_begins_and_ends_at_the_samples(backend: str) -> None:
     torch.testing.assert_close(between[[0, -1]], ends[[0, 2]], rtol=0, atol=1e-5)
     steps = (between[1:] - between[:-1]).flatten(1).norm(dim=1)
     assert float(steps.max()) < 1.5 * float(steps.min())
+
+
+def test_an_inversion_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    invert(MODEL, IMAGE, diffusion=DIFFUSION, num_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("second", [torch.zeros(4), -torch.ones(4)], ids=["zero", "opposite"])
+def test_ends_that_no_arc_joins_are_refused(second: torch.Tensor) -> None:
+    sentence = "first and second must not be zero, nor opposite: no one arc joins these"
+    for pair in ((torch.ones(4), second), (second, torch.ones(4))):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            slerp(*pair, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda x: inpaint(MODEL, x, torch.ones(1)), "image must be a tensor; got ndarray"),
+        (lambda x: image_to_image(MODEL, x), "image must be a tensor; got ndarray"),
+        (lambda x: invert(MODEL, x), "image must be a tensor; got ndarray"),
+        (lambda x: inpaint(MODEL, IMAGE, x), "mask must be a tensor; got ndarray"),
+        (lambda x: sample(MODEL, SHAPE, x_T=x), "x_T must be a tensor; got ndarray"),
+    ],
+)
+def test_only_tensors_are_edited(call: Any, sentence: str) -> None:
+    with pytest.raises(TypeError) as error:
+        call(IMAGE.numpy())
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (-1, 2)])
+def test_the_shape_of_noise_is_checked(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^shape must be \(N, C, ...\), each at least 1; got"):
+        initial_noise(shape, seed=0)
 
 
 @given(st.floats(0, 1), st.integers(0, 100))

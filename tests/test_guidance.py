@@ -201,8 +201,12 @@ def test_pure_noise_tells_a_classifier_nothing(prediction_type: str, backend: st
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return 0.1 * x
 
+    def cond_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """That of a classifier which looks at x_0 = x_t / sqrt(abar)."""
+        return -x / diffusion.alphas_cumprod[t].sqrt().reshape(-1, 1, 1, 1)
+
     options: dict[str, Any] = {"diffusion": diffusion, "num_steps": 4, "seed": 0}
-    drawn = sample(model, SHAPE, cond_fn=lambda x, t: -x, backend=backend, **options)
+    drawn = sample(model, SHAPE, cond_fn=cond_fn, backend=backend, **options)
     assert drawn.isfinite().all()
 
 
@@ -226,6 +230,12 @@ def test_a_gradient_is_taken_without_reading_on_the_host(device: torch.device, n
     with Reads():
         assert len(list(steps)) == 4
     assert not read
+
+
+def test_a_gradient_needs_the_diffusion_of_the_table() -> None:
+    table = ddpm(GaussianDiffusion())
+    with pytest.raises(ValueError, match="was made for: timestep 999 is not among 20$"):
+        sample(lambda x, t: x, SHAPE, sampler=table, diffusion=DIFFUSION, cond_fn=lambda x, t: x)
 
 
 def test_a_gradient_is_a_tensor() -> None:
@@ -267,6 +277,7 @@ def test_cond_fn_sees_what_the_model_sees(backend: str) -> None:
         ({"guidance_scale": torch.ones(1, 1, 1)}, "guidance_scale must be one number or have "
          "shape [3] or [1 or 20, 1 or 3]; got [1, 1, 1]"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite; got inf"),
+        ({"guidance_scale": "3"}, "guidance_scale must be numbers; got '3'"),
         ({"guidance_rescale": 0.5}, "guidance_rescale needs a guidance_scale"),
         ({"guidance_scale": 2.0, "guidance_rescale": 1.5},
          "guidance_rescale must lie in [0, 1]; got 1.5"),

@@ -278,9 +278,12 @@ def test_dpmpp_2m_loop(dtype: torch.dtype, tolerance: float, run: Any) -> None:
 
 
 @many
-@given(runs(predictions=["epsilon", "v_prediction"], spacings=UNIFORM))
+@given(runs(predictions=["epsilon"], spacings=UNIFORM))
 def test_ddim_inversion_loop(run: Any) -> None:
-    """Where N divides T, or with ``leading``: theirs starts each step at t - T // N."""
+    """Where N divides T, or with ``leading``: theirs starts each step at t - T // N.
+
+    For epsilon: see test_inversion_depends_on_the_prediction_type_in_theirs.
+    """
     diffusion, timesteps = run
     stride = diffusion.num_timesteps // len(timesteps)
     assume(all(a - b == stride for a, b in pairwise(timesteps)) and timesteps[-1] < stride)
@@ -693,14 +696,32 @@ def test_dpmpp_2m_takes_the_limit() -> None:
     assert 1e-3 > distances[0] > 10 * distances[1] > 80 * distances[2]
 
 
-def test_inversion_of_sample_prediction_divides_by_zero_in_theirs() -> None:
-    """At x_0 no eps follows from a prediction of x_0; ours says so."""
-    diffusion = GaussianDiffusion(prediction_type="sample")
-    scheduler = peer(DDIMInverseScheduler, diffusion)
-    scheduler.set_timesteps(10)
-    assert not scheduler.step(OUTPUT, 0, STATE).prev_sample.isfinite().any()
-    with pytest.raises(ValueError, match="^ddim_inversion needs epsilon or v_prediction"):
-        ddim_inversion(diffusion, 10)
+def test_inversion_depends_on_the_prediction_type_in_theirs() -> None:
+    """Theirs reads v and x_0 as of where a step starts, though the network was told where it ends.
+
+    So one eps, told in three ways, leads to three states, of which that of x_0 is a division by
+    zero in the first step. Ours is one.
+    """
+    first = 99
+    abar = GaussianDiffusion().alphas_cumprod[first]
+    x0 = (STATE - (1 - abar).sqrt() * OUTPUT) / abar.sqrt()
+    told = {
+        "epsilon": OUTPUT,
+        "v_prediction": abar.sqrt() * OUTPUT - (1 - abar).sqrt() * x0,
+        "sample": x0,
+    }
+    ours, theirs = {}, {}
+    for prediction_type, output in told.items():
+        diffusion = GaussianDiffusion(prediction_type=prediction_type)
+        ours[prediction_type] = one_step(ddim_inversion(diffusion, 10), 0, STATE, output)
+        scheduler = peer(DDIMInverseScheduler, diffusion, clip_sample=False)
+        scheduler.config.timestep_spacing = "trailing"
+        scheduler.set_timesteps(10)
+        theirs[prediction_type] = scheduler.step(output, first, STATE).prev_sample
+    for found in ours.values():
+        torch.testing.assert_close(found, theirs["epsilon"], rtol=1e-10, atol=1e-10)
+    assert float((theirs["v_prediction"] - theirs["epsilon"]).abs().max()) > 0.1
+    assert not theirs["sample"].isfinite().any()
 
 
 def test_float32_tables_lose_digits() -> None:

@@ -331,6 +331,17 @@ def test_a_mask_may_be_expanded(device: torch.device, backend: str) -> None:
     assert torch.equal(spread, ops.reverse_step(*case.args, **case.kwargs, backend=backend))
 
 
+@pytest.mark.parametrize("name", ["mask", "guidance_scale", "guidance_factor", "threshold"])
+def test_numbers_carry_no_gradient(name: str, device: torch.device, backend: str) -> None:
+    options = {"masked": True, "guided": True, "rescaled": True, "thresholded": True}
+    case = reverse_step_case(**options, device=device)  # type: ignore[arg-type]
+    case.kwargs[name].requires_grad_()
+    assert not ops.reverse_step(*case.args, **case.kwargs, backend=backend).requires_grad
+    output = case.args[1].requires_grad_()
+    ops.reverse_step(*case.args, **case.kwargs, backend=backend).sum().backward()
+    assert output.grad is not None and case.kwargs[name].grad is None
+
+
 def test_zero_coefficients_read_nothing(device: torch.device, backend: str) -> None:
     """Infinite outputs are clamped, and unwritten noise and history do not matter."""
     case = reverse_step_case(x0_prev=True, device=device)
