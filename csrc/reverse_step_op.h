@@ -77,9 +77,9 @@ inline bool may_be_the_same(std::string_view written, std::string_view other) {
 
 inline void check_outputs(const ReverseStep& a) {
   const char* op = "reverse_step";
-  check_carry_no_gradient(op, {&a.x_t, &a.model_output, &a.out, address_of(a.noise),
-                               address_of(a.x0_prev), address_of(a.known), address_of(a.mask),
-                               address_of(a.pred_xstart), address_of(a.next_input)});
+  check_carry_no_gradient(
+      op, {&a.x_t, &a.model_output, &a.out, address_of(a.noise), address_of(a.x0_prev),
+           address_of(a.known), address_of(a.pred_xstart), address_of(a.next_input)});
   struct Named {
     const char* name;
     const Tensor* tensor;

@@ -359,7 +359,8 @@ def _check_memory(
     if all(tensor is None for tensor in written.values()):
         return
     op = "reverse_step"
-    checks.check_carry_no_gradient(op, x, output, *inputs.values(), *written.values())
+    differentiable = [tensor for name, tensor in inputs.items() if name != "mask"]
+    checks.check_carry_no_gradient(op, x, output, *differentiable, *written.values())
     x_t = Argument(op, "x_t", x)
     read = {"x_t": x, "model_output": output, **inputs}
     others = [Argument(op, name, tensor) for name, tensor in read.items() if tensor is not None]

@@ -31,10 +31,12 @@ def named_betas(
     Raises:
         ValueError: unknown schedule, ``num_timesteps`` below 1, or ends outside
             0 < beta_start <= beta_end < 1.
+        TypeError: ``num_timesteps`` is no whole number.
     """
     if beta_schedule not in BETA_SCHEDULES:
         known = ", ".join(BETA_SCHEDULES)
         raise ValueError(f"beta_schedule must be one of {known}; got {beta_schedule!r}")
+    num_timesteps = operator.index(num_timesteps)
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1; got {num_timesteps}")
     if not 0 < beta_start <= beta_end < 1:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,12 @@ def binary(folder: Path, unet: UNet2DModel) -> None:
     assert (folder / "unet" / "diffusion_pytorch_model.bin").is_file()
 
 
+def sharded_binary(folder: Path, unet: UNet2DModel) -> None:
+    unet.save_pretrained(folder / "unet", safe_serialization=False, max_shard_size="20KB")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    assert len(list((folder / "unet").glob("*.bin"))) > 1
+
+
 def with_old_names(folder: Path, unet: UNet2DModel) -> None:
     save_flat(folder, unet)
     tensors = load_file(folder / WEIGHTS)
@@ -222,6 +229,7 @@ LAYOUTS = [
     flat,
     sharded,
     binary,
+    sharded_binary,
     with_old_names,
     of_half_precision,
     of_a_variant,
@@ -415,6 +423,21 @@ def test_a_process_without_betas_is_refused(name: str) -> None:
         diffusion_of(json.loads(scheduler.to_json_string()))
 
 
+def test_flow_matching_on_betas_is_refused() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    with pytest.raises(ValueError, match="with use_flow_sigmas is of another process$"):
+        diffusion_of(json.loads(scheduler.to_json_string()))
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_variants_of_a_scheduler_have_its_defaults(name: str) -> None:
+    kinds = [f"{name}Scheduler", f"Fused{name}Scheduler", f"{name}ParallelScheduler"]
+    first, *others = (diffusion_of({"_class_name": kind}).config() for kind in kinds)
+    assert others == [first, first]
+
+
 def test_a_shifted_process_is_refused() -> None:
     scheduler = diffusers.CogVideoXDDIMScheduler()
     with pytest.raises(ValueError, match=r"^snr_shift_scale must be 1; got 3\.0$"):
@@ -514,12 +537,16 @@ def cut(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
 
-def configured(**changes: Any) -> Callable[[Path], None]:
+def changed(name: str, **changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        path = folder / "config.json"
+        path = folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return change
+
+
+configured = partial(changed, "config.json")
+process = partial(changed, "scheduler_config.json")
 
 
 def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -541,6 +568,22 @@ def pickled(content: object) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / WEIGHTS).unlink()
         torch.save(content, folder / "diffusion_pytorch_model.bin")
+
+    return write
+
+
+def half_pickled(size: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path = folder / "diffusion_pytorch_model.bin"
+        pickled({"conv_in.weight": torch.zeros(100_000)})(folder)
+        path.write_bytes(path.read_bytes()[:size])
+
+    return write
+
+
+def nested(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text("[" * 100_000)
 
     return write
 
@@ -574,6 +617,19 @@ UNREADABLE = [
         "config.json: one of its options is no value for it",
     ),
     (
+        configured(norm_eps=0.1, act_fn=None),
+        "config.json: diffusers cannot build this network: 'NoneType' object has no attribute",
+    ),
+    (
+        configured(norm_eps=0.1, time_embedding_type="x"),
+        "config.json: diffusers cannot build this network: ",
+    ),
+    (
+        process(num_train_timesteps=3.5),
+        "scheduler_config.json: 'float' object cannot be interpreted as an integer",
+    ),
+    (nested("scheduler_config.json"), "scheduler_config.json: truncated, or not JSON"),
+    (
         configured(layers_per_block=-1),
         f"{WEIGHTS}: not the weights of its config.json: Unexpected key(s)",
     ),
@@ -596,6 +652,10 @@ UNREADABLE = [
     (
         pickled({"conv_in.weight": sys.exit}),
         "diffusion_pytorch_model.bin: truncated, or not a file of nothing but tensors",
+    ),
+    *(
+        (half_pickled(size), "diffusion_pytorch_model.bin: truncated, or not a file of nothing")
+        for size in (100, 5_000, 50_000)
     ),
     (
         pickled({"conv_in.weight": 3}),

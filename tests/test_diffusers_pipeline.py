@@ -70,16 +70,19 @@ def test_pictures_are_those_of_diffusers(
 def test_without_a_generator_manual_seed_governs(
     pipeline: Any, plain: Any, fused: Any, options: dict[str, Any], unet: Any
 ) -> None:
-    pipe = pipeline(unet, fused.from_config(plain().config))
+    pipe = pipeline(unet, plain())
+    pipe.scheduler = fused.from_config(pipe.scheduler.config)
     images = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         images.append(drawn(pipe, **options))
+    assert type(pipe.scheduler) is fused
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_a_list_of_generators_makes_each_sample_reproducible(unet: Any) -> None:
-    pipe = DDIMPipeline(unet, FusedDDIMScheduler())
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.scheduler = FusedDDIMScheduler.from_config(pipe.scheduler.config)
     seeds = [5, 6, 7]
     images = drawn(pipe, [torch.Generator().manual_seed(seed) for seed in seeds], eta=1.0)
     alone = drawn(pipe, [torch.Generator().manual_seed(6)], batch_size=1, eta=1.0)
@@ -94,6 +97,9 @@ def test_a_saved_pipeline_names_the_drop_in(unet: Any, tmp_path: Path) -> None:
     assert index["scheduler"] == ["ddpm_fast.integrations.schedulers", "FusedDDPMScheduler"]
     assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is FusedDDPMScheduler
     assert type(DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")) is DDPMScheduler
+
+    # A DDIMPipeline makes its own of whatever it is given.
+    assert type(DDIMPipeline(unet, FusedDDIMScheduler()).scheduler) is DDIMScheduler
 
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)

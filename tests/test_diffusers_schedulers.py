@@ -333,20 +333,24 @@ def test_halves_are_rounded_once(fused: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("plain", "fused"), PAIRS)
 @pytest.mark.parametrize("sample_dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("output_dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_mixed_dtypes_are_promoted_as_in_diffusers(
-    plain: Any, fused: Any, sample_dtype: torch.dtype, output_dtype: torch.dtype
+    plain: Any,
+    fused: Any,
+    sample_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    prediction_type: str,
 ) -> None:
     x, output = randn((2, 3, 4), 0, sample_dtype), randn((2, 3, 4), 1, output_dtype)
     results = []
     for cls in (fused, plain):
-        scheduler = cls()
-        scheduler.set_timesteps(10)
-        results.append(
-            scheduler.step(output, 100, x, generator=torch.Generator().manual_seed(0)).prev_sample
-        )
-    assert results[0].dtype == results[1].dtype
+        scheduler = started(cls, prediction_type=prediction_type)
+        noise = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(output, 100, x, generator=noise, return_dict=False))
     tolerance = max(TOLERANCE[sample_dtype], TOLERANCE[output_dtype])
-    torch.testing.assert_close(*results, rtol=tolerance, atol=10 * tolerance)
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype == expected.dtype
+        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(("plain", "fused"), PAIRS)
@@ -595,14 +599,119 @@ def test_gradients_are_those_of_diffusers(plain: Any, fused: Any) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("plain", "fused"), PAIRS)
-def test_shapes_are_broadcast_as_in_diffusers(plain: Any, fused: Any) -> None:
-    x, output = randn((1, 3, 4), 0), randn((2, 3, 4), 1)
+def test_forward_gradients_are_those_of_diffusers(plain: Any, fused: Any) -> None:
+    x, tangent, t = randn((1, 3, 4), 0), randn((1, 3, 4), 1), torch.tensor([500])
+    moved = []
+    for cls in (fused, plain):
+        scheduler = started(cls)
+
+        def both(x: Tensor, scheduler: Any = scheduler) -> tuple[Tensor, Tensor]:
+            noise = torch.Generator().manual_seed(0)
+            step = scheduler.step(x, 500, x, generator=noise, return_dict=False)[0]
+            return step, scheduler.add_noise(x, torch.ones_like(x), t)
+
+        moved.append(torch.func.jvp(both, (x,), (tangent,))[1])
+    torch.testing.assert_close(*moved)
+    assert all(part.any() for part in moved[0])
+
+
+def equally_seeded(plain: Any, fused: Any, x: Tensor, output: Tensor, **config: Any) -> None:
+    """A step of both, with equal generators: the same samples."""
     results = [
-        started(cls).step(output, 500, x, generator=torch.Generator().manual_seed(0))
+        started(cls, **config).step(output, 500, x, generator=torch.Generator().manual_seed(0))
         for cls in (fused, plain)
     ]
-    assert torch.equal(results[0].prev_sample, results[1].prev_sample)
+    torch.testing.assert_close(results[0].prev_sample, results[1].prev_sample)
+
+
+@pytest.mark.parametrize(("plain", "fused"), PAIRS)
+def test_shapes_are_broadcast_as_in_diffusers(plain: Any, fused: Any) -> None:
+    equally_seeded(plain, fused, randn((1, 3, 4), 0), randn((2, 3, 4), 1))
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_samples_without_channels_are_those_of_diffusers(shape: tuple[int, ...]) -> None:
+    """Its DDIM takes them, its DDPM does not."""
+    equally_seeded(DDIMScheduler, FusedDDIMScheduler, randn(shape, 0), randn(shape, 1))
+
+
+@pytest.mark.parametrize(("plain", "fused"), PAIRS)
+def test_a_default_device_does_not_matter(plain: Any, fused: Any) -> None:
+    x, output, results = randn((2, 3, 4), 0), randn((2, 3, 4), 1), []
+    for cls in (fused, plain):
+        scheduler, noise = started(cls), torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            results.append(scheduler.step(output, 500, x, generator=noise).prev_sample)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("plain", "fused"), PAIRS)
+def test_a_clamp_at_0_is_that_of_diffusers(plain: Any, fused: Any) -> None:
+    equally_seeded(plain, fused, randn((2, 3), 0), randn((2, 3), 1), clip_sample_range=0.0)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+@pytest.mark.parametrize(
+    ("samples", "t"), [(1, [10, 3, 3, 2]), (2, [10.0, 3.0])], ids=["broadcast", "no integers"]
+)
+@pytest.mark.parametrize(("plain", "fused"), PAIRS)
+def test_timesteps_are_taken_as_by_diffusers(
+    plain: Any, fused: Any, method: str, samples: int, t: list[float]
+) -> None:
+    x, noise = randn((samples, 3, 4), 0), randn((samples, 3, 4), 1)
+    found = []
+    for cls in (fused, plain):
+        try:
+            found.append(getattr(cls(), method)(x, noise, torch.tensor(t)))
+        except IndexError as error:
+            found.append(str(error))
+    assert type(found[0]) is type(found[1])
+    torch.testing.assert_close(*found) if isinstance(found[0], Tensor) else None
+
+
+def test_an_offset_past_the_table_is_passed_over() -> None:
+    """Their set_timesteps leads to T itself; a run that is begun later does not notice."""
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    results = []
+    for cls in (FusedDDPMScheduler, DDPMScheduler):
+        scheduler = cls(steps_offset=1)
+        scheduler.set_timesteps(1000)
+        noise = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(output, 500, x, generator=noise).prev_sample)
+    torch.testing.assert_close(*results)
+
+
+def test_timesteps_that_come_twice_are_those_of_diffusers() -> None:
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    results = []
+    for cls in (FusedDDPMScheduler, DDPMScheduler):
+        scheduler = cls()
+        scheduler.set_timesteps(timesteps=[5, 3, 1])
+        scheduler.timesteps = torch.tensor([3, 2, 3, 2, 1, 0])
+        noise = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(output, 2, x, generator=noise).prev_sample)
+    assert torch.equal(*results)
+
+
+def test_a_type_of_variance_that_was_changed_is_that_of_diffusers() -> None:
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    results = []
+    for cls in (FusedDDPMScheduler, DDPMScheduler):
+        scheduler = started(cls)
+        scheduler.variance_type = "fixed_large"
+        noise = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(output, 500, x, generator=noise).prev_sample)
+    assert torch.equal(*results)
+
+
+def test_what_is_kept_has_a_bound() -> None:
+    """An eta of its own for each step makes a table for each."""
+    scheduler, x = started(FusedDDIMScheduler), randn((1, 3, 4), 0)
+    for number in range(200):
+        scheduler.step(x, 500, x, eta=number / 200)
+    assert len(scheduler._made[1]) <= 64
 
 
 def test_a_fixed_variance_does_not_take_doubled_channels_for_one() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..diffusion import GaussianDiffusion
 from ..models import UNet
 from ..schedules import rescale_zero_terminal_snr
-from .weights import build, fill, names_of, read_safetensors, read_state_dict
+from .weights import build, fill, names_of, read
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -84,6 +84,17 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 # Those that clamp by default.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")
+
+# What UNet2DModel raises for options that are no values for them.
+_UNBUILDABLE = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    NameError,
+)
 
 _VARIANCE_TYPES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
 
@@ -199,7 +210,8 @@ def diffusion_of(scheduler: Any) -> GaussianDiffusion:
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
     # That of a scheduler in memory names no class, but has every option of its class.
     nameless = "a scheduler" if "_use_default_values" in config else "DDPMScheduler"
-    kind = config.get("_class_name", nameless)
+    name = config.get("_class_name", nameless)
+    kind = name.removeprefix("Fused").replace("Parallel", "")
     _check_process(config, kind)
     variance_type = config.get("variance_type", "fixed_small" if kind == "DDPMScheduler" else None)
     options = {
@@ -231,6 +243,8 @@ def _check_process(config: Mapping[str, Any], kind: str) -> None:
     has_betas = "beta_schedule" in config or config.get("trained_betas") is not None
     if not has_betas and kind not in _CLIPPING:
         raise ValueError(f"{kind} without beta_schedule or trained_betas is of another process")
+    if config.get("use_flow_sigmas"):
+        raise ValueError(f"{kind} with use_flow_sigmas is of another process")
     shift = config.get("snr_shift_scale", 1)
     if shift != 1:
         raise ValueError(f"snr_shift_scale must be 1; got {shift}")
@@ -363,9 +377,9 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     if path.suffix == ".json":
         for shard in sorted(set(_shards(path))):
-            tensors |= read_safetensors(folder / shard)
+            tensors |= read(folder / shard)
     else:
-        tensors = read_state_dict(path) if path.suffix == ".bin" else read_safetensors(path)
+        tensors = read(path)
     old = re.compile(rf"(attentions\.\d+)\.({'|'.join(_OLD_ATTENTION)})\.")
     return path, {
         old.sub(lambda found: f"{found[1]}.{_OLD_ATTENTION[found[2]]}.", name): tensor
@@ -375,8 +389,9 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _weights_file(folder: Path) -> Path:
     """The first that is there: all precision before half of it, safetensors before pickles."""
+    forms = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
     for variant in ("", ".fp16", ".bf16"):
-        for form in (".safetensors", ".safetensors.index.json", ".bin"):
+        for form in forms:
             path = folder / f"{_WEIGHTS}{form}"
             path = path.with_suffix(f"{variant}{path.suffix}")
             if path.is_file():
@@ -406,7 +421,7 @@ def _run_by_diffusers(folder: Path, config: Mapping[str, Any]) -> DiffusersModel
     try:
         with torch.random.fork_rng(devices=[]):  # for weights about to be replaced
             unet = network.from_config(config)
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+    except _UNBUILDABLE as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{config_path}: diffusers cannot build this network: {why}") from None
     try:
@@ -429,7 +444,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file, which a folder of diffusers has")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: truncated, or not JSON") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object")

@@ -24,6 +24,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ..checks import STATE_DTYPES, walkable
 from ..ops import ROW, STREAMS, compute_dtype, q_sample, reverse_step
@@ -33,6 +34,8 @@ __all__ = ["FusedDDIMScheduler", "FusedDDPMScheduler"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+_MOST_KEPT = 64  # tables and indices, of one state
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -41,7 +44,6 @@ class _Table:
     Attributes:
         rows: ``[T, len(ROW)]``, one for each timestep of the training.
         indices: int64 ``[T]``, counting: a timestep as the kernel reads it, without a copy.
-        sample_index: int64 ``[N]``, counting.
         timesteps: those that have a row.
         clip: the clamp on the predicted x_0, or None.
         thresholding: the clamp that each sample sets for itself, or None.
@@ -50,7 +52,6 @@ class _Table:
 
     rows: Tensor
     indices: Tensor
-    sample_index: Tensor
     timesteps: Collection[int]
     clip: float | None
     thresholding: Thresholding | None
@@ -62,6 +63,7 @@ class _Table:
         if self.reads_variance:
             shape = torch.Size((shape[0], 2 * shape[1], *shape[2:]))
         carries = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
+        carries = carries or _have_tangents(sample, model_output)
         return model_output.shape == shape and not carries
 
     def index(self, timestep: int | Tensor) -> Tensor:
@@ -75,15 +77,6 @@ class _Table:
         if timestep not in self.timesteps:
             raise IndexError(f"timestep {timestep} is not among those of the scheduler")
         return self.indices[timestep]
-
-    def drawn_noise(self) -> dict[str, Any]:
-        """Noise for the kernel to draw, of a new seed from torch's global generator.
-
-        A seed for each step: no two steps share noise, and ``torch.manual_seed`` governs them as it
-        governs diffusers' own.
-        """
-        seed = torch.randint(2**63 - 1, (), device=self.rows.device)
-        return {"seed": seed, "sample_index": self.sample_index}
 
     def step(
         self, sample: Tensor, model_output: Tensor, index: Tensor, noise: dict[str, Any]
@@ -126,13 +119,17 @@ class _Fused(SchedulerMixin, ConfigMixin):
         known = config.prediction_type in ("epsilon", "sample", "v_prediction")
         # Outside [0, 1], diffusers says what is wrong.
         has_quantile = not config.thresholding or 0 <= config.dynamic_thresholding_ratio <= 1
-        return known and has_rows and has_quantile
+        clamps = config.clip_sample and not config.thresholding
+        has_bound = not clamps or (config.clip_sample_range or 0) > 0
+        return known and has_rows and has_quantile and has_bound
 
     def _kept(self, key: Hashable, make: Callable[..., Any], *arguments: Any) -> Any:
         """What ``make`` makes, made once for each key and state."""
         state = self._state()
         made_for, made = self._made
-        if len(made_for) != len(state) or not all(map(is_, made_for, state)):
+        same = len(made_for) == len(state) and all(map(is_, made_for, state))
+        # An eta of its own for each step would make a table for each.
+        if not same or (len(made) >= _MOST_KEPT and key not in made):
             made = {}
             self._made = state, made
         if key not in made:
@@ -142,7 +139,9 @@ class _Fused(SchedulerMixin, ConfigMixin):
 
     def _table(self, sample: Tensor, *options: Hashable) -> _Table | None:
         """The table for a batch like this one; None where diffusers' own code is to do the step."""
-        key = sample.device, sample.dtype, len(sample), *options
+        if sample.dim() < 2 or sample.dtype not in STATE_DTYPES:
+            return None
+        key = sample.device, sample.dtype, *options
         table: _Table | None = self._kept(key, self._make_table, sample, *options)
         return table
 
@@ -151,7 +150,7 @@ class _Fused(SchedulerMixin, ConfigMixin):
             return None
         abar = self.alphas_cumprod.cpu()
         columns = {
-            "timestep": torch.arange(len(abar)),
+            "timestep": torch.arange(len(abar), device=abar.device),
             "stream": torch.full_like(abar, STREAMS["reverse"]),
         }
         columns |= _xstart_columns(abar, self.config.prediction_type)
@@ -168,12 +167,22 @@ class _Fused(SchedulerMixin, ConfigMixin):
         return _Table(
             rows=rows.to(sample.device, compute_dtype(sample.dtype)),
             indices=torch.arange(len(rows), device=sample.device),
-            sample_index=torch.arange(len(sample), device=sample.device),
             timesteps=self._visited(),
             clip=clip,
             thresholding=thresholding,
             reads_variance="min_log_variance" in columns,
         )
+
+    def _drawn_noise(self, sample: Tensor) -> dict[str, Any]:
+        """Noise for the kernel to draw, of a new seed from torch's global generator.
+
+        A seed for each step: no two steps share noise, and ``torch.manual_seed`` governs them as it
+        governs diffusers' own.
+        """
+        count, device = len(sample), sample.device
+        seed = torch.randint(2**63 - 1, (), device=device)
+        index = self._kept(("index", device, count), lambda: torch.arange(count, device=device))
+        return {"seed": seed, "sample_index": index}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(abar) original_samples + sqrt(1 - abar) noise, as diffusers', in one kernel.
@@ -186,7 +195,7 @@ class _Fused(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError, IndexError: as :func:`ddpm_fast.ops.q_sample`.
         """
-        if not _is_mixed_here(original_samples, noise):
+        if not _is_mixed_here(original_samples, noise, timesteps):
             noisy: Tensor = super().add_noise(original_samples, noise, timesteps)
             return noisy
         return self._mixed("add_noise", original_samples, noise, timesteps)
@@ -196,10 +205,18 @@ class _Fused(SchedulerMixin, ConfigMixin):
 
         Args and errors: as :meth:`add_noise`.
         """
-        if not _is_mixed_here(sample, noise):
+        if not _is_mixed_here(sample, noise, timesteps):
             velocity: Tensor = super().get_velocity(sample, noise, timesteps)
             return velocity
         return self._mixed("get_velocity", sample, noise, timesteps)
+
+    def _of_their_type(
+        self, x_prev: Tensor, pred_xstart: Tensor, model_output: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A step's results, in the types that diffusers' arithmetic gives them."""
+        if self.config.prediction_type == "sample":
+            pred_xstart = pred_xstart.to(model_output.dtype)
+        return x_prev, pred_xstart
 
     def _mixed(self, what: str, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         key = what, sample.device, sample.dtype
@@ -253,10 +270,10 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         noise: dict[str, Any] = {}
         if generator is None:
             if isinstance(t, Tensor) or t > 0:
-                noise = table.drawn_noise()
+                noise = self._drawn_noise(x_t)
         elif self._number(t) > 0:
             noise = {"noise": _like_diffusers(x_t, model_output, generator)}
-        result = table.step(x_t, output, table.index(t), noise)
+        result = self._of_their_type(*table.step(x_t, output, table.index(t), noise), model_output)
         return DDPMSchedulerOutput(*result) if return_dict else result
 
     def _number(self, timestep: int | Tensor) -> int:
@@ -284,23 +301,31 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         )
 
     def _is_fused(self) -> bool:
-        # To diffusers a "learned" output is the variance, to the kernel its logarithm.
-        return super()._is_fused() and self.variance_type != "learned"
+        # To diffusers a "learned" output is the variance, to the kernel its logarithm; and where a
+        # timestep comes twice or the type of variance was changed, its step has a rule of its own.
+        visits_once = len(self.timesteps.unique()) == len(self.timesteps)
+        is_logarithm = self.variance_type == self.config.variance_type != "learned"
+        return super()._is_fused() and visits_once and is_logarithm
 
     def _is_respaced(self) -> bool:
         return bool(self.custom_timesteps or self.num_inference_steps)
 
     def _visited(self) -> Collection[int]:
         if self._is_respaced():
-            return frozenset(self.timesteps.tolist())
+            return frozenset(self._run().tolist())
         return range(len(self.alphas_cumprod))
+
+    def _run(self) -> Tensor:
+        """The timesteps that have an abar; an offset may lead others past the table's end."""
+        run: Tensor = self.timesteps.cpu()
+        return run[run < len(self.alphas_cumprod)]
 
     def _abar_prev(self, abar: Tensor) -> Tensor:
         """abar of the timestep that follows in the run; behind the last, 1."""
         one = torch.ones_like(abar[:1])
         if not self._is_respaced():
             return torch.cat([one, abar[:-1]])
-        run = self.timesteps.cpu()
+        run = self._run()
         prev = torch.full_like(abar, torch.nan)
         prev[run] = torch.cat([abar[run[1:]], one])
         return prev
@@ -382,8 +407,9 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         elif eta > 0 and generator is not None:
             noise = {"noise": _like_diffusers(x_t, model_output, generator)}
         elif eta > 0:
-            noise = table.drawn_noise()
+            noise = self._drawn_noise(x_t)
         result = table.step(x_t, output, table.index(_read(timestep, x_t)), noise)
+        result = self._of_their_type(*result, model_output)
         return DDIMSchedulerOutput(*result) if return_dict else result
 
     def _state(self) -> tuple[object, ...]:
@@ -403,7 +429,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
 
     def _columns(self, eta: float, use_clipped_model_output: bool) -> dict[str, Tensor]:
         abar = self.alphas_cumprod.cpu()
-        prev_t = torch.arange(len(abar))
+        prev_t = torch.arange(len(abar), device=abar.device)
         prev_t -= self.config.num_train_timesteps // self.num_inference_steps
         prev = torch.where(prev_t < 0, self.final_alpha_cumprod.cpu(), abar[prev_t.clamp(min=0)])
         sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)) ** 0.5
@@ -466,13 +492,21 @@ def _like_diffusers(sample: Tensor, model_output: Tensor, generator: Generators)
     return noise.to(sample.dtype)
 
 
+def _have_tangents(*tensors: Tensor) -> bool:
+    """Whether one is of a forward-mode derivative, which the kernels know nothing of."""
+    parts = [unpack_dual(tensor) for tensor in tensors]  # type: ignore[no-untyped-call]
+    return any(part.tangent is not None for part in parts)
+
+
 def _alike(sample: Tensor, noise: Tensor) -> bool:
     """Whether the kernel takes the two; diffusers also promotes and broadcasts."""
     same = noise.shape == sample.shape and noise.dtype == sample.dtype
     return same and sample.dtype in STATE_DTYPES and sample.dim() >= 2
 
 
-def _is_mixed_here(sample: Tensor, noise: Tensor) -> bool:
+def _is_mixed_here(sample: Tensor, noise: Tensor, timesteps: Tensor) -> bool:
     """Whether the kernel noises; it is the slower way for float16 on a CPU."""
     slower = sample.dtype == torch.float16 and sample.device.type == "cpu"
-    return _alike(sample, noise) and not slower
+    whole = timesteps.dtype in (torch.int64, torch.int32)
+    fits = _alike(sample, noise) and whole and timesteps.numel() in (1, len(sample))
+    return fits and not slower and not _have_tangents(sample, noise)

@@ -18,11 +18,17 @@ _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
+    OSError,
     ValueError,
     TypeError,
     AttributeError,
     LookupError,
 )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by the way that its name says; errors are those of the two ways."""
+    return read_state_dict(path) if path.suffix == ".bin" else read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -51,6 +57,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     _check_exists(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except _UNREADABLE:
         raise ValueError(
             f"{path}: truncated, or not a file of nothing but tensors, as torch.save writes it"
