@@ -50,9 +50,7 @@ def checked_moments(asked: Moments | None, num_steps: int) -> tuple[int, ...]:
     """
     if asked is None:
         return ()
-    if isinstance(asked, Tensor):
-        asked = asked.tolist()
-    if isinstance(asked, SupportsIndex):
+    if not isinstance(asked, Sequence):
         count = operator.index(asked)
         if not 2 <= count <= num_steps + 1:
             raise ValueError(
