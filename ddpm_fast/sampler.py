@@ -149,7 +149,7 @@ def sample(
             it led to.
         return_intermediates: how many moments of the run to keep, evenly spaced and with both
             ends; or which, counted in the steps taken: 0 is x_T, and S, the number of steps, the
-            samples. A stopped run has those before its last step's state.
+            samples. A run that is stopped after step k has those up to moment k.
 
     Returns:
         ``shape``, float32 (float64 for a float64 model), in [-1, 1] where the diffusion clamps.

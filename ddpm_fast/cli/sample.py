@@ -38,9 +38,9 @@ EXAMPLES = """\
 examples:
   ddpm-fast sample
   ddpm-fast sample --classes 1,7,7 --num 12 --seed 3 --out sevens.png
-  ddpm-fast sample --num 1000 --sampler ddim --steps 50 --out samples.npz
   ddpm-fast sample --num 16 --out denoising.gif --frames 60
   ddpm-fast sample --num 6 --strip denoising.png
+  ddpm-fast sample --num 1000 --sampler ddim --steps 50 --out samples.npz
   ddpm-fast sample --checkpoint cats.safetensors --num 256 --batch 32 --out cats/"""
 
 
