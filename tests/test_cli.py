@@ -400,6 +400,21 @@ def test_models_without_classes_or_size(colour_file: Path) -> None:
         assert picture.height == 2 * GAP + 72, "no labels, and no room for them"
 
 
+@pytest.mark.parametrize("options", ["--out a.png", "--out a/", "--out a.npz --strip s.png"])
+def test_what_is_no_picture_is_not_drawn(
+    options: str,
+    separate_model: SeparateModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(separate_model, "in_channels", 4)
+    assert run("sample", "--num", 2, "--out", "latents.npz") == 0
+    monkeypatch.setattr(cli.sample, "sample", pytest.fail)
+    assert run("sample", "--num", 2, *options.split()) == 2
+    sentence = "this model draws 4 channels, and pictures have 1 or 3: take --out FILE.npz, and "
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}no --strip\n"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
     device = device_named(args.device)
     native = uses_native(device, args.backend)
     model, diffusion = load(args.checkpoint, device=device)
+    _check_channels(model, args, kind)
     labels = _labels(model, args)
     started = time.perf_counter()
     film = Film(args, kind, args.steps or diffusion.num_timesteps)
@@ -166,6 +167,15 @@ def run(args: argparse.Namespace) -> None:
         f"{args.sampler} with {steps} steps, {backend} backend on {device}: "
         f"{seconds:.1f} s, {rate:.1f} steps/s"
     )
+
+
+def _check_channels(model: Loaded, args: argparse.Namespace, kind: str) -> None:
+    """Refuse to draw what cannot be painted, such as latents."""
+    if model.in_channels not in (1, 3) and (kind != ".npz" or args.strip is not None):
+        raise ValueError(
+            f"this model draws {model.in_channels} channels, and pictures have 1 or 3: "
+            "take --out FILE.npz, and no --strip"
+        )
 
 
 def _batches(

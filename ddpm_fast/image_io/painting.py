@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -33,10 +34,10 @@ def paint(
         pictures: At least one, all of one size and mode.
         columns: Pictures in a row.
         scale: The side of the square that a pixel becomes.
-        labels: The text below each picture.
-        row_labels: The text to the left of each row.
-        column_captions: The text above each column; or
-        title: the text above all of them.
+        labels: The text below each picture, or none.
+        row_labels: The text to the left of each row, or none.
+        column_captions: The text above each column, or none; instead of it,
+        title: The text above all of them.
         least_width: Room for titles of this width.
     """
     columns = min(columns, len(pictures))
@@ -63,9 +64,9 @@ def paint(
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
         if labels:
             write(labels[i], x + width / 2, y + height + LABEL_HEIGHT / 2, "mm")
-    for text, y in zip(row_labels, tops, strict=bool(row_labels)):
+    for text, y in zip(row_labels, tops, strict=False):
         write(text, left - GAP, y + height / 2, "rm")
-    for text, x in zip(column_captions, lefts, strict=bool(column_captions)):
+    for text, x in zip(column_captions, lefts, strict=False):
         write(text, x + width / 2, top - GAP / 2, "ms")
     if title is not None:
         write(title, GAP, top - GAP / 2, "ls")
@@ -103,5 +104,6 @@ def check_at_least_1(function: str, **values: int) -> None:
             raise ValueError(f"{function}: {name} must be at least 1; got {value}")
 
 
+@functools.cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(LABEL_SIZE)
