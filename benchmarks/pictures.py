@@ -1,9 +1,10 @@
-"""What the bundled model of digits makes of real ones, for docs/editing.md.
+"""What the bundled model of digits makes of real ones and of noise, for docs/.
 
-    python -m benchmarks.pictures [--out docs/images/editing-digits.png]
+    python -m benchmarks.pictures [--out docs/images]
 
-Inpainting, image to image and interpolation of digits that the model has not seen. Only image to
-image is given a class, another than the digit's own; else what is drawn follows from the pixels.
+For docs/editing.md: inpainting, image to image and interpolation of digits that the model has not
+seen. Only image to image is given a class, another than the digit's own; else what is drawn
+follows from the pixels. For docs/output.md: the denoising, as a film strip and animated.
 """
 
 from __future__ import annotations
@@ -19,34 +20,56 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddpm_fast import load
+from ddpm_fast import load, sample
 from ddpm_fast.atomic import atomic_write
 from ddpm_fast.data import digits
 from ddpm_fast.editing import image_to_image, inpaint, interpolate, invert
+from ddpm_fast.image_io import save_animation, save_strip
 
-PATH = Path(__file__).parent.parent / "docs" / "images" / "editing-digits.png"
+FOLDER = Path(__file__).parent.parent / "docs" / "images"
 UNKNOWN = "#56B4E9"
 COLUMNS = 8
 STEPS = 50
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+FRAMES = 51  # every 20th of 1000 steps; and of these, closer where it shows,
+COLUMNS_OF_STRIP = [0, 15, 25, 30, 35, 40, 43, 45, 48, 50]
 
 Row = list[Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the picture; 0 when it is written."""
+    """Draw the pictures; 0 when they are written."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=PATH)
+    parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER")
     args = parser.parse_args(argv)
     figure = draw()
-    with atomic_write(args.out) as file:
+    with atomic_write(args.out / "editing-digits.png") as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
     plt.close(figure)
+    denoising(args.out)
     return 0
+
+
+def denoising(folder: Path) -> None:
+    """States above, and below them the digits that the network takes them for."""
+    model, diffusion = load("digits")
+    options = {"diffusion": diffusion, "class_labels": range(10), "seed": 0}
+    _, kept = sample(model, (10, 1, 8, 8), return_intermediates=FRAMES, **options)
+    captions = kept.captions()
+    frames = torch.cat([kept.x_t, kept.pred_xstart], dim=1)
+    save_animation(frames, folder / "denoising.webp", captions=captions, columns=10)
+
+    pairs = torch.stack([kept.x_t, kept.pred_xstart], dim=2)[:, [3, 8, 4]].flatten(1, 2)
+    save_strip(
+        pairs[COLUMNS_OF_STRIP],
+        folder / "denoising.png",
+        captions=[captions[column] for column in COLUMNS_OF_STRIP],
+        labels=["x_t", "pred_xstart"] * 3,
+    )
 
 
 def draw() -> Figure:

@@ -15,12 +15,14 @@ from . import _extension
 from .checkpoint import load
 from .continuous import ContinuousSampler
 from .diffusion import GaussianDiffusion
+from .intermediates import Intermediates
 from .sampler import Sampler, sample, sample_progressive
 from .solvers import StepTable
 
 __all__ = [
     "ContinuousSampler",
     "GaussianDiffusion",
+    "Intermediates",
     "Sampler",
     "StepTable",
     "info",

@@ -54,9 +54,10 @@ def inpaint(
     diffusion = diffusion or GaussianDiffusion()
     table = step_table(diffusion, sampler, num_steps, eta=eta, timestep_spacing=timestep_spacing)
     table = resampled(table, diffusion, jump_length=jump_length, jump_n_sample=jump_n_sample)
-    return sample(
+    drawn: Tensor = sample(
         model, image.shape, diffusion=diffusion, sampler=table, known=image, mask=mask, **options
     )
+    return drawn
 
 
 def image_to_image(
@@ -109,7 +110,7 @@ def image_to_image(
     else:
         noise = torch.randn(image.shape, generator=generator, device=generator.device)
         start, _ = diffusion.q_sample(image, t, noise.to(image), backend=backend)
-    return sample(
+    drawn: Tensor = sample(
         model,
         image.shape,
         diffusion=diffusion,
@@ -121,6 +122,7 @@ def image_to_image(
         backend=backend,
         **options,
     )
+    return drawn
 
 
 def invert(
@@ -149,7 +151,10 @@ def invert(
     check_is_tensor("image", image)
     diffusion = diffusion or GaussianDiffusion()
     table = ddim_inversion(diffusion, num_steps, timestep_spacing=timestep_spacing)
-    return sample(model, image.shape, diffusion=diffusion, sampler=table, x_T=image, **options)
+    noise: Tensor = sample(
+        model, image.shape, diffusion=diffusion, sampler=table, x_T=image, **options
+    )
+    return noise
 
 
 def interpolate(
@@ -181,7 +186,8 @@ def interpolate(
             f"got {list(first.shape)} and {list(second.shape)}"
         )
     arc = slerp(first, second, torch.linspace(0, 1, num).tolist())
-    return sample(model, arc.shape, x_T=arc, sampler=sampler, **options)
+    drawn: Tensor = sample(model, arc.shape, x_T=arc, sampler=sampler, **options)
+    return drawn
 
 
 def initial_noise(

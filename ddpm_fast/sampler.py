@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
-from typing import Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -26,22 +26,13 @@ from .guidance import (
     score_coefs,
     shifted,
 )
+from .intermediates import Intermediates, Moments, Recorder, checked_moments
 from .network import Model, Network, check_has_variance
+from .options import Callback, CallOptions, SampleOptions
 from .solvers import Spacing, StepTable, step_table
 
-Callback = Callable[[int, int, Tensor, Tensor], object]
-
-
-# Options of sample that may change from one batch of a Sampler to the next.
-_OF_A_CALL = (
-    "seed",
-    "first_index",
-    "generator",
-    "x_T",
-    "class_labels",
-    "model_kwargs",
-    "progress",
-)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The counter of the noise holds 48 bits of sample index.
 _MAX_SAMPLES = 1 << 48
@@ -50,6 +41,36 @@ _MAX_SAMPLES = 1 << 48
 _TURNS = 2
 # Eager steps before a capture, in which libraries choose their algorithms; a multiple of _TURNS.
 _WARM_UP = 4
+
+
+@overload
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    return_intermediates: None = None,
+    **options: Unpack[SampleOptions],
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    return_intermediates: Moments,
+    **options: Unpack[SampleOptions],
+) -> tuple[Tensor, Intermediates]: ...
+
+
+@overload
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    return_intermediates: Moments | None,
+    **options: Unpack[SampleOptions],
+) -> Tensor | tuple[Tensor, Intermediates]: ...
 
 
 def sample(
@@ -78,7 +99,8 @@ def sample(
     backend: str = "auto",
     progress: bool = False,
     callback: Callback | None = None,
-) -> Tensor:
+    return_intermediates: Moments | None = None,
+) -> Tensor | tuple[Tensor, Intermediates]:
     """Draw samples from noise: Ho et al. 2020, algorithm 2, or another sampler.
 
     The noise of sample i is a function of (seed, i, timestep, element) alone: whatever the batch
@@ -124,9 +146,15 @@ def sample(
         progress: show a progress bar.
         callback: called as ``callback(step, t, x, pred_xstart)`` after each step, x being the
             state that the step led to; it may read the tensors, which the next step overwrites.
+            Where it returns ``True``, that step is the last, and what is returned the state that
+            it led to.
+        return_intermediates: how many moments of the run to keep, evenly spaced and with both
+            ends; or which, counted in the steps taken: 0 is x_T, and S, the number of steps, the
+            samples. A run that is stopped after step k has those up to moment k.
 
     Returns:
         ``shape``, float32 (float64 for a float64 model), in [-1, 1] where the diffusion clamps.
+        With ``return_intermediates`` a pair, of that and the :class:`Intermediates`.
 
     Raises:
         ValueError: an argument out of range, of another shape or unknown, before any work.
@@ -160,6 +188,7 @@ def sample(
         model_kwargs=model_kwargs,
         progress=progress,
         callback=callback,
+        return_intermediates=return_intermediates,
     )
 
 
@@ -173,7 +202,7 @@ def sample_progressive(
     Options and errors are those of :func:`sample`, which has ``callback`` besides; errors come at
     the call, not at the first step.
     """
-    call = {name: options.pop(name) for name in _OF_A_CALL if name in options}
+    call = {name: options.pop(name) for name in CallOptions.__optional_keys__ if name in options}
     return Sampler(model, shape, **options).progressive(**call)
 
 
@@ -181,9 +210,9 @@ class Sampler:
     """Draws batches of one shape, again and again: :func:`sample` with all that can be kept, kept.
 
     That is the step table, the buffers and, on CUDA, the graph of the network and the kernel: two
-    steps, captured in the first call and replayed from then on. A callback, ``progressive`` and a
-    ``generator`` need the host between the steps, which then run one by one. So they do where the
-    network cannot be captured, after a warning that says why.
+    steps, captured in the first call and replayed from then on. A callback, intermediates,
+    ``progressive`` and a ``generator`` need the host between the steps, which then run one by one.
+    So they do where the network cannot be captured, after a warning that says why.
 
     Arguments are those of :func:`sample`, split between here and the call. One sampler draws one
     batch at a time.
@@ -234,6 +263,21 @@ class Sampler:
             for index, options in zip(self.step_index, self._options, strict=True)
         ]
 
+    @overload
+    def __call__(
+        self, *, return_intermediates: None = None, **options: Unpack[CallOptions]
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, *, return_intermediates: Moments, **options: Unpack[CallOptions]
+    ) -> tuple[Tensor, Intermediates]: ...
+
+    @overload
+    def __call__(
+        self, *, return_intermediates: Moments | None, **options: Unpack[CallOptions]
+    ) -> Tensor | tuple[Tensor, Intermediates]: ...
+
     def __call__(
         self,
         *,
@@ -245,16 +289,19 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
         callback: Callback | None = None,
-    ) -> Tensor:
+        return_intermediates: Moments | None = None,
+    ) -> Tensor | tuple[Tensor, Intermediates]:
         """One batch; arguments, result and errors are those of :func:`sample`."""
+        moments = checked_moments(return_intermediates, len(self.table))
         self._start(seed, first_index, generator, x_T, class_labels, model_kwargs)
+        recorder = Recorder(moments, self.table.timesteps, self.x)
         with evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
-            if callback is None:
+            if callback is None and not moments:
                 self._run(generator, bar)
             else:
-                for step, pred_xstart in self._steps(generator, bar):
-                    callback(step, self.table.timesteps[step], self.x, pred_xstart)
-        return self.x.clone()
+                self._run_watched(generator, bar, callback, recorder)
+        images = self.x.clone()
+        return (images, recorder.intermediates()) if moments else images
 
     def progressive(
         self,
@@ -421,6 +468,21 @@ class Sampler:
             for step in range(done, len(self.table)):
                 self._step(step, generator)
                 bar.update()
+
+    def _run_watched(
+        self,
+        generator: torch.Generator | None,
+        bar: tqdm[NoReturn],
+        callback: Callback | None,
+        recorder: Recorder,
+    ) -> None:
+        """The steps one by one, each shown, until the callback has seen enough."""
+        for step, pred_xstart in self._steps(generator, bar):
+            recorder.step_taken(step, self.x, pred_xstart)
+            if callback is None:
+                continue
+            if callback(step, self.table.timesteps[step], self.x, pred_xstart) is True:
+                return
 
     def _steps(
         self, generator: torch.Generator | None, bar: tqdm[NoReturn]

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_fast import GaussianDiffusion, atomic, checkpoint, cli, ops, sampler
-from ddpm_fast.image_io import GAP, LABEL_HEIGHT, READABLE_SIZE, to_uint8
+from ddpm_fast import GaussianDiffusion, atomic, checkpoint, cli, image_io, ops, sampler
+from ddpm_fast.image_io import to_uint8
+from ddpm_fast.image_io.painting import GAP, LABEL_HEIGHT, READABLE_SIZE
 from ddpm_fast.models import LightweightUNet, UNet
 from ddpm_fast.training import TrainConfig, digits_recipe, folder_recipe
 
@@ -164,6 +165,8 @@ def test_bad_class_lists(text: str, complaint: str) -> None:
         ("a.png", ".png"),
         ("b/a.PNG", ".png"),
         ("a.npz", ".npz"),
+        ("a.gif", ".gif"),
+        ("a.WebP", ".webp"),
         ("folder/", "folder"),
         ("folder.png/", "folder"),
         (".", "folder"),
@@ -305,6 +308,65 @@ def test_pictures_do_not_depend_on_the_batch_size_or_the_kind_of_file(
         assert (tile == image[:, :, 0]).all()
 
 
+def frames_of(path: str) -> list[np.ndarray[Any, Any]]:
+    with Image.open(path) as animation:
+        frames = []
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            frames.append(np.array(animation.convert("L")))
+        return frames
+
+
+@pytest.mark.parametrize("out", ["a.gif", "a.webp"])
+@pytest.mark.parametrize(("options", "moments"), [("", range(11)), ("--frames 3", [0, 5, 10])])
+def test_an_animation_shows_the_denoising(
+    separate_model: SeparateModel, out: str, options: str, moments: Any
+) -> None:
+    """Noise first, samples last, whatever the batch; a class below each picture."""
+    _, kept = sampler.sample(
+        separate_model,
+        (5, 1, 8, 8),
+        diffusion=GaussianDiffusion.from_schedule("linear", 10),
+        seed=3,
+        class_labels=range(5),
+        return_intermediates=list(moments),
+    )
+    words = ["--num", 5, "--batch", 2, "--seed", 3, "--device", "cpu", *options.split()]
+    assert run("sample", *words, "--out", out) == 0
+    image_io.save_animation(kept.x_t, f"own{out}", captions=kept.captions(), labels=range(5))
+    assert Path(out).read_bytes() == Path(f"own{out}").read_bytes()
+    assert len(frames_of(out)) == len(moments)
+
+
+@pytest.mark.usefixtures("separate_model")
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a/", "a.gif"])
+def test_a_strip_is_written_besides(
+    out: str, capsys: pytest.CaptureFixture[str], current_folder: Path
+) -> None:
+    options = ("--num", 3, "--batch", 2, "--frames", 4)
+    assert run("sample", *options, "--out", out, "--strip", "s.png") == 0
+    assert sorted(path.name for path in current_folder.iterdir()) == [out.strip("/"), "s.png"]
+    assert capsys.readouterr().out.splitlines()[1] == "s.png: their denoising in 4 moments"
+    with Image.open("s.png") as picture:
+        strip = np.array(picture)
+    left = strip.shape[1] - 4 * (READABLE_SIZE + GAP)
+    assert strip.shape[0] == GAP + LABEL_HEIGHT + 3 * (READABLE_SIZE + GAP)
+    assert run("sample", "--num", 3, "--out", "samples.npz") == 0
+    for row, image in enumerate(read_npz("samples.npz")[0]):
+        y, x = GAP + LABEL_HEIGHT + row * (READABLE_SIZE + GAP), left + 3 * (READABLE_SIZE + GAP)
+        assert (strip[y : y + READABLE_SIZE : 8, x : x + READABLE_SIZE : 8] == image[:, :, 0]).all()
+
+
+@pytest.mark.usefixtures("separate_model")
+def test_a_strip_shows_fewer_moments_than_an_animation() -> None:
+    """Evenly spaced among those of the animation: the same run serves both."""
+    options = ("--num", 2, "--seed", 1)
+    assert run("sample", *options, "--out", "a.gif", "--strip", "both.png") == 0
+    assert run("sample", *options, "--strip", "alone.png") == 0
+    assert len(frames_of("a.gif")) == 11
+    assert Path("both.png").read_bytes() == Path("alone.png").read_bytes()
+
+
 @pytest.mark.usefixtures("separate_model")
 def test_an_existing_folder_needs_no_slash(current_folder: Path) -> None:
     (current_folder / "pictures").mkdir()
@@ -338,23 +400,63 @@ def test_models_without_classes_or_size(colour_file: Path) -> None:
         assert picture.height == 2 * GAP + 72, "no labels, and no room for them"
 
 
+@pytest.mark.parametrize("options", ["--out a.png", "--out a/", "--out a.npz --strip s.png"])
+def test_what_is_no_picture_is_not_drawn(
+    options: str,
+    separate_model: SeparateModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(separate_model, "in_channels", 4)
+    assert run("sample", "--num", 2, "--out", "latents.npz") == 0
+    monkeypatch.setattr(cli.sample, "sample", pytest.fail)
+    assert run("sample", "--num", 2, *options.split()) == 2
+    sentence = "this model draws 4 channels, and pictures have 1 or 3: take --out FILE.npz, and "
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}no --strip\n"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (
             "--out a.jpg",
-            "--out a.jpg has the extension .jpg; known are .png (a grid), .npz (arrays), and a "
-            "folder, written with a slash: a.jpg/",
+            "--out a.jpg has the extension .jpg; known are .png (a grid), .gif and .webp "
+            "(an animation), .npz (arrays), and a folder, written with a slash: a.jpg/",
         ),
         (
             "--out pictures",
-            "--out pictures has no extension; known are .png (a grid), .npz (arrays), and a "
-            "folder, written with a slash: pictures/",
+            "--out pictures has no extension; known are .png (a grid), .gif and .webp "
+            "(an animation), .npz (arrays), and a folder, written with a slash: pictures/",
         ),
         ("--out no/a.png", "--out no/a.png: cannot write in no: No such file or directory"),
         ("--out file/", "--out file/: cannot write in file: Not a directory"),
         ("--out file/a/", "--out file/a/: cannot write in {here}/file: Not a directory"),
         ("--out fifo.png", "--out fifo.png exists and is not a regular file"),
+        ("--strip fifo.png", "--strip fifo.png exists and is not a regular file"),
+        ("--strip no/a.png", "--strip no/a.png: cannot write in no: No such file or directory"),
+        ("--strip a.gif", "--strip a.gif must end in .png"),
+        ("--strip samples.png", "--strip and --out are one file, samples.png"),
+        ("--strip ./a.png --out a.png", "--strip and --out are one file, ./a.png"),
+        (
+            "--frames 5",
+            "--frames 5 is for an animation, --out FILE.gif or .webp, and for --strip",
+        ),
+        (
+            "--frames 5 --out a/",
+            "--frames 5 is for an animation, --out FILE.gif or .webp, and for --strip",
+        ),
+        (
+            "--frames 1 --out a.gif",
+            "--frames must be at least 2, the noise and the samples; got 1",
+        ),
+        (
+            "--frames 12 --out a.webp",
+            "--frames 12: a run of 10 steps has 11 moments to show",
+        ),
+        (
+            "--frames 6 --steps 4 --strip a.png",
+            "--frames 6: a run of 4 steps has 5 moments to show",
+        ),
         (
             "--checkpoint no.safetensors",
             "no.safetensors: no such checkpoint file (bundled models: digits)",
@@ -466,7 +568,7 @@ class FullDisk(io.FileIO):
 
 
 @pytest.mark.usefixtures("separate_model")
-@pytest.mark.parametrize("out", ["a.png", "a.npz", "a/"])
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a.gif", "a.webp", "a/"])
 def test_a_full_disk_is_a_sentence_and_leaves_no_file(
     out: str,
     current_folder: Path,
@@ -480,7 +582,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_file(
     assert [path for path in current_folder.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("out", ["a.png", "a.npz", "a/"])
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a.gif", "a/"])
 def test_ctrl_c_ends_with_130_and_whole_files(
     out: str,
     separate_model: SeparateModel,

@@ -14,12 +14,23 @@ import torch
 from PIL import Image
 
 from ddpm_fast import atomic
-from ddpm_fast.image_io import GAP, LABEL_HEIGHT, PAPER, save_grid, save_images, save_npz, to_uint8
+from ddpm_fast.image_io import (
+    save_animation,
+    save_grid,
+    save_images,
+    save_npz,
+    save_strip,
+    to_uint8,
+)
+from ddpm_fast.image_io.painting import GAP, LABEL_HEIGHT, PAPER
 
 WRITERS = {
     "grid": lambda images, folder: save_grid(images, folder / "a.png"),
     "images": lambda images, folder: save_images(images, folder),
     "npz": lambda images, folder: save_npz(images, folder / "a.npz"),
+    "strip": lambda images, folder: save_strip([images] * 2, folder / "a.png"),
+    "gif": lambda images, folder: save_animation([images, -images], folder / "a.gif"),
+    "webp": lambda images, folder: save_animation([images, -images], folder / "a.webp"),
 }
 
 
@@ -114,7 +125,7 @@ def with_nan() -> torch.Tensor:
         ),
         (
             lambda folder: save_grid(torch.zeros(1, 2, 8, 8), folder / "a.png"),
-            "save_grid: a PNG has 1 channel (grey) or 3 (RGB); the images have 2",
+            "save_grid: a picture has 1 channel (grey) or 3 (RGB); the images have 2",
         ),
         (
             lambda folder: save_grid(torch.zeros(3, 1, 8, 8), folder / "a.png", labels=[1, 2]),
@@ -130,13 +141,83 @@ def with_nan() -> torch.Tensor:
         ),
         (
             lambda folder: save_images(torch.zeros(1, 4, 8, 8), folder),
-            "save_images: a PNG has 1 channel (grey) or 3 (RGB); the images have 4",
+            "save_images: a picture has 1 channel (grey) or 3 (RGB); the images have 4",
         ),
         (
             lambda folder: save_npz(
                 torch.zeros(3, 1, 8, 8), folder / "a.npz", labels=torch.ones(1, 3)
             ),
             "save_npz: labels must be one per image, [3]; got the shape [1, 3]",
+        ),
+        (
+            lambda folder: save_strip(torch.zeros(4, 1, 8, 8), folder / "a.png"),
+            "to_uint8: images must be [N, C, H, W]; got the shape [1, 8, 8]",
+        ),
+        (
+            lambda folder: save_strip([torch.zeros(4, 1, 2, 2), with_nan()], folder / "a.png"),
+            "to_uint8: images must not hold NaN; 2 of 4 do, the first at index 2",
+        ),
+        (
+            lambda folder: save_strip(torch.zeros(2, 0, 1, 8, 8), folder / "a.png"),
+            "save_strip: frames must hold at least one image",
+        ),
+        (
+            lambda folder: save_strip(torch.zeros(2, 3, 1, 8, 8), folder / "a.png", captions=[1]),
+            "save_strip: captions must be one per frame, 2; got 1 of them",
+        ),
+        (
+            lambda folder: save_strip(torch.zeros(2, 3, 1, 8, 8), folder / "a.png", labels=[1, 2]),
+            "save_strip: labels must be one per sample, 3; got 2 of them",
+        ),
+        (
+            lambda folder: save_strip(torch.zeros(2, 3, 1, 8, 8), folder / "a.png", scale=0),
+            "save_strip: scale must be at least 1; got 0",
+        ),
+        (
+            lambda folder: save_animation([], folder / "a.gif"),
+            "save_animation: frames must hold at least one image",
+        ),
+        (
+            lambda folder: save_animation(
+                [torch.zeros(1, 1, 8, 8), torch.zeros(2, 1, 8, 8)], folder / "a.gif"
+            ),
+            "save_animation: frames must have one shape; got [1, 1, 8, 8] and [2, 1, 8, 8]",
+        ),
+        (
+            lambda folder: save_animation([torch.zeros(1, 4, 8, 8)], folder / "a.gif"),
+            "save_animation: a picture has 1 channel (grey) or 3 (RGB); the images have 4",
+        ),
+        (
+            lambda folder: save_animation([with_nan()], folder / "a.webp"),
+            "to_uint8: images must not hold NaN; 2 of 4 do, the first at index 2",
+        ),
+        (
+            lambda _: save_animation([torch.zeros(1, 1, 8, 8)], "a.mp4"),
+            "save_animation: the file must end in .gif or .webp; got a.mp4",
+        ),
+        (
+            lambda folder: save_animation(
+                [torch.zeros(1, 1, 8, 8)], folder / "a.gif", captions=[1, 2]
+            ),
+            "save_animation: captions must be one per frame, 1; got 2 of them",
+        ),
+        (
+            lambda folder: save_animation([torch.zeros(1, 1, 8, 8)], folder / "a.gif", labels=[]),
+            "save_animation: labels must be one per image, 1; got 0 of them",
+        ),
+        (
+            lambda folder: save_animation([torch.zeros(1, 1, 8, 8)], folder / "a.gif", columns=0),
+            "save_animation: columns must be at least 1; got 0",
+        ),
+        (
+            lambda folder: save_animation([torch.zeros(1, 1, 8, 8)], folder / "a.gif", duration=19),
+            "save_animation: duration must lie in [20, 600000] milliseconds; got 19",
+        ),
+        (
+            lambda folder: save_animation(
+                [torch.zeros(1, 1, 8, 8)], folder / "a.gif", last_duration=600_001
+            ),
+            "save_animation: last_duration must lie in [20, 600000] milliseconds; got 600001",
         ),
     ],
 )
@@ -228,6 +309,110 @@ def test_long_labels_make_the_cells_wider(tmp_path: Path) -> None:
     assert (long[:, [0, -1]] == PAPER).all(), "nothing runs over the edges"
 
 
+# --- the strip --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("captioned", [False, True])
+def test_strip_has_a_row_per_sample_and_a_column_per_moment(
+    tmp_path: Path, channels: int, captioned: bool
+) -> None:
+    frames = 2 * some_images(4, 3, channels, 5, 6)  # as noisy states, beyond [-1, 1]
+    captions = torch.arange(4) if captioned else None
+    save_strip(frames, tmp_path / "a.png", captions=captions, scale=3)
+    strip = pixels_of(tmp_path / "a.png")
+    top = GAP + captioned * LABEL_HEIGHT
+    step_y, step_x = 5 * 3 + GAP, 6 * 3 + GAP
+    assert strip.shape == (top + 3 * step_y, GAP + 4 * step_x, channels)
+    if captioned:
+        heads = strip[:top].copy()
+        strip[:top] = PAPER
+        for column in range(4):
+            left = GAP + column * step_x
+            assert heads[:, left : left + 18].min() < 100, "each column has its caption"
+        assert (heads[:, :GAP] == PAPER).all()
+    for column, frame in enumerate(frames):
+        for row, pixels in enumerate(to_uint8(frame)):
+            y, x = top + row * step_y, GAP + column * step_x
+            magnified = pixels.repeat(3, axis=0).repeat(3, axis=1)
+            assert (strip[y : y + 15, x : x + 18] == magnified).all()
+            strip[y : y + 15, x : x + 18] = PAPER
+    assert (strip == PAPER).all()
+
+
+def test_labels_of_a_strip_stand_left_of_their_rows(tmp_path: Path) -> None:
+    frames = torch.ones(2, 3, 1, 64, 64)
+    save_strip(frames, tmp_path / "a.png", labels=["3", "seven", "3"])
+    strip = pixels_of(tmp_path / "a.png")
+    margin = strip.shape[1] - 2 * (64 + GAP)
+    three, seven, again = (strip[GAP + 76 * row :, GAP : margin - GAP][:64] for row in range(3))
+    assert all(label.min() < 100 for label in (three, seven, again))
+    assert (three == again).all() and (three < PAPER).sum() < (seven < PAPER).sum()
+    assert (strip[:, :GAP] == PAPER).all() and (strip[:, margin - GAP : margin] == PAPER).all()
+
+
+def test_a_strip_takes_a_tensor_or_a_list(tmp_path: Path) -> None:
+    frames = some_images(3, 2, 3, 8, 8)
+    save_strip(frames, tmp_path / "tensor.png")
+    save_strip(list(frames.double()), tmp_path / "list.png")
+    assert (tmp_path / "tensor.png").read_bytes() == (tmp_path / "list.png").read_bytes()
+
+
+# --- the animation ----------------------------------------------------------------------------
+
+
+def animation_of(path: Path) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
+    """The frames of a file, RGB [H, W, 3], and how long each is shown."""
+    frames, durations = [], []
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0, "for ever"
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            frames.append(np.array(animation.convert("RGB")))
+            durations.append(animation.info["duration"])
+    return frames, durations
+
+
+@pytest.mark.parametrize("extension", [".gif", ".webp", ".GIF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_frames_are_the_grids_of_their_moments(
+    tmp_path: Path, extension: str, channels: int
+) -> None:
+    """Each as ``save_grid`` writes it; but GIF has 256 colours a frame, fewer than noise in RGB."""
+    frames = 2 * some_images(4, 5, channels, 8, 8)  # as noisy states, beyond [-1, 1]
+    path = tmp_path / f"a{extension}"
+    save_animation(frames, path, labels=range(5), duration=120, last_duration=1500)
+    painted, durations = animation_of(path)
+    assert durations == [120, 120, 120, 1500]
+    tolerance = 64 if channels == 3 and extension != ".webp" else 0
+    for frame, found in zip(frames, painted, strict=True):
+        save_grid(frame, tmp_path / "grid.png", labels=range(5))
+        grid = pixels_of(tmp_path / "grid.png")
+        assert found.shape == (*grid.shape[:2], 3)
+        assert abs(found.astype(int) - grid).max() <= tolerance
+
+
+@pytest.mark.parametrize("extension", ["gif", "webp"])
+def test_captions_stand_above_frames_of_one_size(tmp_path: Path, extension: str) -> None:
+    frames = torch.ones(3, 1, 1, 64, 64)
+    captions = ["t = 7", "t = 3", "a caption wider than its picture"]
+    path = tmp_path / f"a.{extension}"
+    save_animation(frames, path, captions=captions)
+    painted, _ = animation_of(path)
+    assert len({frame.shape for frame in painted}) == 1
+    first, second, last = (frame[: GAP + LABEL_HEIGHT] for frame in painted)
+    assert all(head.min() < 100 for head in (first, second, last))
+    assert (first != second).any()
+    assert (last[:, -GAP:] == PAPER).all(), "nothing runs over the edge"
+    assert (painted[0][GAP + LABEL_HEIGHT :] == painted[1][GAP + LABEL_HEIGHT :]).all()
+
+
+def test_one_frame_is_an_animation_too(tmp_path: Path) -> None:
+    save_animation(some_images(1, 1, 1, 8, 8), tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.format == "GIF" and picture.n_frames == 1
+
+
 # --- one PNG per image, and npz ---------------------------------------------------------------
 
 
@@ -293,11 +478,11 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_leaves_the_folder_as_it_was(
     tmp_path: Path, writer: Callable[[torch.Tensor, Path], object], old: bytes | None
 ) -> None:
-    names = ["000000.png", "a.png", "a.npz"]
+    names = ["000000.png", "a.png", "a.npz", "a.gif", "a.webp"]
     if old is not None:
         for name in names:
             (tmp_path / name).write_bytes(old)
-    with pytest.raises(OSError, match=r"No space left on device: '.*(png|npz)'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*(png|npz|gif|webp)'"):
         writer(some_images(1, 3, 8, 8), tmp_path)
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert left == ({} if old is None else dict.fromkeys(names, old))

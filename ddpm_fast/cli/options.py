@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from ..image_io.animation import ANIMATIONS
 from ..ops import serves_natively
 
 PROG = "ddpm-fast"
 
 
 def output_kind(out: str) -> str:
-    """What ``--out`` asks for: ".png" a grid, ".npz" an archive, "folder" a PNG per image.
+    """What ``--out`` asks for: ".png" a grid, ".gif" or ".webp" an animation, ".npz" an archive.
+
+    Or "folder", a PNG per image.
 
     A folder is a path that ends in a slash, or one that exists as a folder.
 
@@ -25,12 +28,12 @@ def output_kind(out: str) -> str:
     if _is_folder(out):
         return "folder"
     extension = Path(out).suffix
-    if extension.lower() in (".png", ".npz"):
+    if extension.lower() in (".png", ".npz", *ANIMATIONS):
         return extension.lower()
     found = f"the extension {extension}" if extension else "no extension"
     raise ValueError(
-        f"--out {out} has {found}; known are .png (a grid), .npz (arrays), "
-        f"and a folder, written with a slash: {out}/"
+        f"--out {out} has {found}; known are .png (a grid), .gif and .webp (an animation), "
+        f".npz (arrays), and a folder, written with a slash: {out}/"
     )
 
 
@@ -38,8 +41,10 @@ def _is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep)) or Path(out).is_dir()
 
 
-def check_writable(out: str) -> None:
+def check_writable(out: str, option: str = "--out") -> None:
     """Find out before the work is done whether the file or folder ``out`` can be written.
+
+    ``option`` is what asks for it.
 
     Raises:
         ValueError: The folder of a file is missing, nothing can be written there, or a file or a
@@ -49,14 +54,14 @@ def check_writable(out: str) -> None:
     if _is_folder(out):
         folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     elif path.exists() and not path.is_file():
-        raise ValueError(f"--out {out} exists and is not a regular file")
+        raise ValueError(f"{option} {out} exists and is not a regular file")
     else:
         folder = path.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot write in {folder}: {error.strerror}") from None
+        raise ValueError(f"{option} {out}: cannot write in {folder}: {error.strerror}") from None
 
 
 def uses_native(device: torch.device, backend: str) -> bool:

@@ -16,11 +16,13 @@ from tqdm import tqdm
 from .. import image_io
 from ..checkpoint import Loaded, load
 from ..diffusion import GaussianDiffusion
+from ..image_io.animation import ANIMATIONS
 from ..network import PRECISIONS
 from ..ops import BACKENDS
 from ..sampler import sample
 from ..schedules import TIMESTEP_SPACINGS
 from ..solvers import SAMPLERS
+from .film import Film, add_film, check_film
 from .options import (
     add_device,
     check_writable,
@@ -36,6 +38,8 @@ EXAMPLES = """\
 examples:
   ddpm-fast sample
   ddpm-fast sample --classes 1,7,7 --num 12 --seed 3 --out sevens.png
+  ddpm-fast sample --num 16 --out denoising.gif --frames 60
+  ddpm-fast sample --num 6 --strip denoising.png
   ddpm-fast sample --num 1000 --sampler ddim --steps 50 --out samples.npz
   ddpm-fast sample --checkpoint cats.safetensors --num 256 --batch 32 --out cats/"""
 
@@ -107,9 +111,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         default="samples.png",
         metavar="PATH",
-        help=".png: one grid; .npz: arrays; a folder, written with a slash: a PNG per sample "
-        "(default: %(default)s)",
+        help=".png: one grid; .gif, .webp: the denoising, animated; .npz: arrays; a folder, "
+        "written with a slash: a PNG per sample (default: %(default)s)",
     )
+    add_film(where)
     where.add_argument(
         "--batch",
         type=count,
@@ -128,29 +133,49 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     kind = output_kind(args.out)
     check_writable(args.out)
+    check_film(args, kind)
 
     device = device_named(args.device)
     native = uses_native(device, args.backend)
     model, diffusion = load(args.checkpoint, device=device)
+    _check_channels(model, args, kind)
     labels = _labels(model, args)
     started = time.perf_counter()
-    batches = _batches(args, model, diffusion, labels, device)
+    film = Film(args, kind, args.steps or diffusion.num_timesteps)
+    batches = _batches(args, model, diffusion, labels, device, film)
     if kind == "folder":
         for first_index, images in batches:
             image_io.save_images(images, args.out, first_index=first_index)
     else:
-        save = image_io.save_grid if kind == ".png" else image_io.save_npz
-        save(torch.cat([images for _, images in batches]), args.out, labels=labels)
+        drawn = torch.cat([images for _, images in batches])
+        if kind in ANIMATIONS:
+            film.save_animation(args.out, labels)
+        else:
+            save = image_io.save_grid if kind == ".png" else image_io.save_npz
+            save(drawn, args.out, labels=labels)
+    if args.strip is not None:
+        film.save_strip(args.strip, labels)
     seconds = time.perf_counter() - started
 
     steps = args.steps or diffusion.num_timesteps
     rate = steps * math.ceil(args.num / args.batch) / seconds
     backend = "native" if native else "reference"
     print(f"{args.out}: {args.num} samples of {args.checkpoint}, seed {args.seed}")
+    if args.strip is not None:
+        print(f"{args.strip}: their denoising in {film.columns} moments")
     print(
         f"{args.sampler} with {steps} steps, {backend} backend on {device}: "
         f"{seconds:.1f} s, {rate:.1f} steps/s"
     )
+
+
+def _check_channels(model: Loaded, args: argparse.Namespace, kind: str) -> None:
+    """Refuse to draw what cannot be painted, such as latents."""
+    if model.in_channels not in (1, 3) and (kind != ".npz" or args.strip is not None):
+        raise ValueError(
+            f"this model draws {model.in_channels} channels, and pictures have 1 or 3: "
+            "take --out FILE.npz, and no --strip"
+        )
 
 
 def _batches(
@@ -159,6 +184,7 @@ def _batches(
     diffusion: GaussianDiffusion,
     labels: list[int] | None,
     device: torch.device,
+    film: Film,
 ) -> Iterator[tuple[int, Tensor]]:
     """Draw batch after batch; gives the index of its first sample, and its images on the CPU."""
     size = args.image_size or getattr(model, "image_size", None)
@@ -169,7 +195,7 @@ def _batches(
         for start in range(0, args.num, args.batch):
             count = min(args.batch, args.num - start)
             try:
-                images = sample(
+                drawn = sample(
                     model,
                     (count, model.in_channels, size, size),
                     diffusion=diffusion,
@@ -185,13 +211,14 @@ def _batches(
                     precision=args.precision,
                     backend=args.backend,
                     progress=one_batch and sys.stderr.isatty(),
+                    return_intermediates=film.moments,
                 )
             except torch.OutOfMemoryError:
                 raise ValueError(
                     f"--batch {args.batch}: {device} has too little memory "
                     "for so many samples at a time"
                 ) from None
-            yield args.first_index + start, images.cpu()
+            yield args.first_index + start, film.take(drawn).cpu()
             bar.update(count)
 
 
