@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_BESIDE = ".ddpm_fast-{}.tmp"
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -33,7 +35,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if target.exists() and not target.is_file():
         raise OSError(f"{path} exists and is not a regular file")
     # A name of its own, not one made from the target's: that one may be as long as names can be.
-    beside = target.with_name(f".ddpm_fast-{secrets.token_hex(8)}.tmp")
+    beside = target.with_name(_BESIDE.format(secrets.token_hex(8)))
     try:
         with open(beside, "x+b") as file:
             yield file
@@ -46,6 +48,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             error.filename = str(path)  # name the file that was asked for, not the hidden one
         raise
     _flush_folder(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the hidden files of writers that were killed; none may be writing there now."""
+    for path in Path(folder).glob(_BESIDE.format("*")):
+        path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -38,6 +38,9 @@ ROW = (
 STREAMS = {"initial": 0, "reverse": 1, "forward": 2, "resampled": 3}
 """What a run of normals is for: see docs/noise.md."""
 
+NOISE_LAYOUT = 1
+"""The version of the random counter's layout: docs/noise.md."""
+
 
 def reverse_step(
     x_t: Tensor,

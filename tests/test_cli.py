@@ -224,8 +224,8 @@ def test_defaults_are_those_of_the_library() -> None:
     ("line", "sentence"),
     [
         ("", "the following arguments are required: COMMAND (see ddpm-fast --help)"),
-        ("sample --num 0", "argument --num: must be at least 1; got 0"),
-        ("sample --num many", "argument --num: must be a whole number; got 'many'"),
+        ("sample --num 0", "argument --num/--num-samples: must be at least 1; got 0"),
+        ("sample --num many", "argument --num/--num-samples: must be a whole number; got 'many'"),
         ("sample --first-index -1", "argument --first-index: must be at least 0; got -1"),
         ("sample --bogus", "unrecognized arguments: --bogus (see ddpm-fast --help)"),
         ("train digits", "the following arguments are required: --out (see ddpm-fast train"),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
+from ..processes import OtherProcessError, sentence, speaks
 from . import bench, info, sample, train
 from .options import PROG
 
@@ -30,20 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             _say(str(interrupt) or "interrupted")
             return EXIT_INTERRUPTED
-        except (FloatingPointError, ImportError, OSError, ValueError) as error:
-            _say(f"error: {_sentence(error)}")
+        except (FloatingPointError, ImportError, OSError, OtherProcessError, ValueError) as error:
+            _say(f"error: {sentence(error)}")
             return EXIT_BAD_INPUT
     return 0
 
 
-def _say(message: str) -> None:
-    print(f"{PROG}: {message}", file=sys.stderr)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:  # raised by the system, not by this package
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+def _say(message: str, *, of_machine: bool = False) -> None:
+    if speaks(of_machine=of_machine):
+        print(f"{PROG}: {message}", file=sys.stderr)
 
 
 def _show_warning(
@@ -54,14 +50,15 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    _say(f"warning: {message}")
+    _say(f"warning: {message}", of_machine=True)
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in the form of all other errors, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{PROG}: error: {message} (see {self.prog} --help)\n")
+        _say(f"error: {message} (see {self.prog} --help)")
+        self.exit(EXIT_BAD_INPUT)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
 from ..network import PRECISIONS
 from ..ops import BACKENDS
+from ..processes import launched, local_device, processes
 from ..sampler import sample
 from ..schedules import TIMESTEP_SPACINGS
+from ..sharding import sample_sharded
 from ..solvers import SAMPLERS
 from .film import Film, add_film, check_film
 from .options import (
@@ -41,7 +45,12 @@ examples:
   ddpm-fast sample --num 16 --out denoising.gif --frames 60
   ddpm-fast sample --num 6 --strip denoising.png
   ddpm-fast sample --num 1000 --sampler ddim --steps 50 --out samples.npz
-  ddpm-fast sample --checkpoint cats.safetensors --num 256 --batch 32 --out cats/"""
+  ddpm-fast sample --checkpoint cats.safetensors --num 256 --batch 32 --out cats/
+  ddpm-fast sample --num 50000 --sampler ddim --steps 50 --shard-size 500 --out run/
+
+Under torchrun all its processes, and GPUs, share a run; the same command goes on with one that was
+interrupted:
+  torchrun --nproc-per-node 8 -m ddpm_fast sample --num-samples 50000 --out run/"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--num",
+        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
         type=count,
         default=64,
         metavar="N",
@@ -122,6 +132,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples drawn at a time; changes no picture (default: %(default)s)",
     )
+    where.add_argument(
+        "--shard-size",
+        type=count,
+        metavar="N",
+        help="write into the folder PATH shards of N samples, each drawn at a time, and from them "
+        "samples.npz; skip the shards that are there (default under torchrun: --batch)",
+    )
     add_device(where)
     where.add_argument(
         "--precision", choices=PRECISIONS, help="of the network's arithmetic (default: fp32)"
@@ -131,6 +148,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
+    if args.shard_size is not None or launched():
+        _run_sharded(args)
+        return
     kind = output_kind(args.out)
     check_writable(args.out)
     check_film(args, kind)
@@ -187,9 +207,7 @@ def _batches(
     film: Film,
 ) -> Iterator[tuple[int, Tensor]]:
     """Draw batch after batch; gives the index of its first sample, and its images on the CPU."""
-    size = args.image_size or getattr(model, "image_size", None)
-    if size is None:
-        raise ValueError("this model draws pictures of any size: choose one with --image-size")
+    size = _size(model, args)
     one_batch = args.num <= args.batch  # its bar counts steps, that of many counts samples
     with tqdm(total=args.num, unit="sample", disable=True if one_batch else None) as bar:
         for start in range(0, args.num, args.batch):
@@ -220,6 +238,61 @@ def _batches(
                 ) from None
             yield args.first_index + start, film.take(drawn).cpu()
             bar.update(count)
+
+
+def _run_sharded(args: argparse.Namespace) -> None:
+    """Draw into a folder of shards, together with the other processes that torchrun started."""
+    with processes() as group:
+        with group.together():
+            folder = _shard_folder(args)
+            device = device_named(args.device or str(local_device()))
+            native = uses_native(device, args.backend)
+            model, diffusion = load(args.checkpoint, device=device)
+            labels = _labels(model, args)
+            size = _size(model, args)
+        started = time.perf_counter()
+        merged = sample_sharded(
+            model,
+            (args.num, model.in_channels, size, size),
+            folder,
+            shard_size=args.shard_size or args.batch,
+            diffusion=diffusion,
+            sampler=args.sampler,
+            num_steps=args.steps,
+            eta=args.eta,
+            timestep_spacing=args.spacing,
+            seed=args.seed,
+            first_index=args.first_index,
+            class_labels=labels,
+            guidance_scale=args.guidance,
+            device=device,
+            precision=args.precision,
+            backend=args.backend,
+            progress=sys.stderr.isatty(),
+        )
+        seconds = time.perf_counter() - started
+    if group.rank == 0:
+        backend = "native" if native else "reference"
+        print(f"{merged}: {args.num} samples of {args.checkpoint}, seed {args.seed}")
+        print(f"{group.count} x {device.type}, {backend} backend: {seconds:.1f} s")
+
+
+def _shard_folder(args: argparse.Namespace) -> str:
+    """``--out`` as the folder of a sharded run, which needs no slash and shows no film."""
+    out: str = args.out
+    if Path(out).suffix.lower() in (".png", ".npz", *ANIMATIONS) and not Path(out).is_dir():
+        raise ValueError(f"--out {out}: shards are written into a folder; give one, such as run/")
+    if args.strip is not None or args.frames is not None:
+        raise ValueError("--strip and --frames are for a run in one piece, not for one of shards")
+    check_writable(os.path.join(out, ""))
+    return out
+
+
+def _size(model: Loaded, args: argparse.Namespace) -> int:
+    size: int | None = args.image_size or getattr(model, "image_size", None)
+    if size is None:
+        raise ValueError("this model draws pictures of any size: choose one with --image-size")
+    return size
 
 
 def parse_classes(text: str, num_classes: int) -> list[int]:

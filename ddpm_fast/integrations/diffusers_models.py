@@ -139,6 +139,11 @@ class DiffusersModel(nn.Module):
         self.num_classes: int | None = labels if num_classes is None else num_classes
         self.null_label = num_classes is not None
 
+    def config(self) -> dict[str, Any]:
+        """The network's options, and the number of classes; not where it came from."""
+        options = {name: value for name, value in dict(self.unet.config).items() if name[0] != "_"}
+        return options | {"num_classes": self.num_classes}
+
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict from noised pictures ``x`` [N, C, H, W] at timesteps ``t`` [N].
 
