@@ -35,7 +35,7 @@ LAYERS = [
     ["atomic", "integrations.diffusers_models", "integrations.openai_models"],
     ["integrations.weights"],
     ["integrations"],
-    ["editing", "continuous"],
+    ["editing", "continuous", "likelihood"],
     ["sampler", "resampling"],
     ["conditioning", "evaluating", "graphs", "guidance", "network"],
     ["solvers"],
