@@ -36,7 +36,7 @@ LAYERS = [
     ["integrations.weights"],
     ["integrations"],
     ["editing", "continuous", "likelihood"],
-    ["sampler", "resampling"],
+    ["frechet", "sampler", "resampling"],
     ["conditioning", "evaluating", "graphs", "guidance", "network"],
     ["solvers"],
     ["diffusion", "thresholding"],
