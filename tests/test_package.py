@@ -40,7 +40,7 @@ LAYERS = [
     ["conditioning", "evaluating", "graphs", "guidance", "network"],
     ["solvers"],
     ["diffusion", "thresholding"],
-    ["schedules"],
+    ["gaussians", "schedules"],
     ["ops"],
     ["reference"],
     ["checks"],
