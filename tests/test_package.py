@@ -21,7 +21,9 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["cli.sample", "cli.train", "cli.bench", "cli.info"],
+    ["cli.sample", "cli.train", "cli.eval", "cli.bench", "cli.info"],
+    ["cli.eval.bpd", "cli.eval.frechet", "cli.eval.npz"],
+    ["cli.eval.pictures"],
     ["cli.options"],
     ["integrations.schedulers"],
     ["integrations"],
