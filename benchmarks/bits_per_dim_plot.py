@@ -15,6 +15,7 @@ from . import plots  # noqa: F401 (its look)
 Run = dict[str, Any]
 Runs = dict[tuple[str, int], Run]
 
+NO_NETWORK = "held-out digits without a network, pixel by pixel"
 STYLES = {"held_out": ("held-out digits", "#D55E00"), "train": ("training digits", "#0072B2")}
 
 
@@ -40,17 +41,20 @@ def bits_per_dim(runs: Runs, independent: float) -> Figure:
             counts, bounds, errors, color=colour, label=label, marker="o", markersize=5, capsize=3
         )
     _titled(terms, f"Terms of the bound, {counts[-1]} steps", "bits per dimension")
-    terms.set(xscale="log", yscale="log", xlabel="t, from the data (1) to the noise")
+    terms.set(xscale="log", yscale="log", xlabel="timestep, counted from 1: from data to noise")
+    decoder = runs["held_out", counts[-1]]["terms"][-1]
+    terms.annotate("the decoder, L₀", (1, decoder), xytext=(8, -3), textcoords="offset points")
     _titled(
         totals, "The bound, by the length of the chain", "bits per dimension ± 2 standard errors"
     )
-    totals.axhline(independent, color="#555555", linewidth=1, linestyle="--", label="no network")
+    totals.axhline(independent, color="#555555", linewidth=1, linestyle="--", label=NO_NETWORK)
     totals.set(xscale="log", xlabel="steps", ylim=(0, None))
     totals.xaxis.set_major_locator(FixedLocator(counts))
     for axes in (terms, totals):
         axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
     totals.xaxis.set_minor_locator(NullLocator())
-    figure.legend(*totals.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, labels = totals.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3)
     return figure
 
 
