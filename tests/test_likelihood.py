@@ -131,7 +131,7 @@ def test_the_bound_is_the_true_cost_with_the_exact_reverse_chain(
 ) -> None:
     """Of Gaussian data each reverse step is Gaussian, however long; with its variance no gap is."""
     x, diffusion = (
-        pictures(200),
+        pictures(100),
         cosine(num_timesteps, clip_denoised=False, variance_type="learned"),
     )
     found = bits_per_dim(
