@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 
 from ddpm_fast import load, sample
 from ddpm_fast.data import TensorDataset, digits
+from ddpm_fast.frechet import frechet_distance
 
 Array = NDArray[np.float64]
 
@@ -152,22 +153,6 @@ def _frechet(
         mean(lambda: frechet_distance(draw(samples, small), draw(train, small))),
         mean(between_halves),
     )
-
-
-def frechet_distance(first: Array, second: Array) -> float:
-    """Squared Fréchet distance between Gaussians fitted to the rows of two sets, [N, D] each."""
-    return gaussian_frechet_distance(
-        first.mean(axis=0), np.cov(first.T), second.mean(axis=0), np.cov(second.T)
-    )
-
-
-def gaussian_frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), Dowson & Landau 1982."""
-    values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    # (cov1 cov2)^(1/2) has the trace of (root cov2 root)^(1/2), which is symmetric.
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(min=0)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
 def nearest_distances(queries: Array, references: Array) -> Array:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .origin import machine_info
+from .origin import commit_info, machine_info, origin
 from .quality import MAX_FRECHET_RATIO, MIN_LABELLED, MIN_NEIGHBOUR_RATIO, draw_samples, measure
 from .quality import options as quality_options
 from .quality_plots import Run, Runs, draw
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(runs, args.root / "docs" / "images")
     page = args.root / "docs" / "samplers.md"
     replace_between_markers(page, "target", target(runs))
-    replace_between_markers(page, "quality", f"{table(runs)}\n\n{origin(runs)}")
+    replace_between_markers(page, "quality", f"{table(runs)}\n\n{origin(runs.values())}")
     return 0
 
 
@@ -75,16 +74,6 @@ def measured(sampler: str, steps: int) -> Run:
         "machine_info": machine_info(),
         "commit_info": commit,
     }
-
-
-def commit_info() -> dict[str, Any]:
-    """The commit, and whether what figures depend on has changes."""
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
-
-    dirty = git("status", "--porcelain", "--", "ddpm_fast", "csrc", "benchmarks/*.py")
-    return {"id": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
 
 
 def read(path: Path) -> Runs:
@@ -125,20 +114,6 @@ def _cell(figure: dict[str, Any]) -> str:
     is_share = figure["name"] in ("labelled as asked", "  by another classifier")
     value = f"{100 * figure['value']:.1f} %" if is_share else f"{figure['value']:.3f}"
     return value if figure["met"] else f"{value} **missed**"
-
-
-def origin(runs: Runs) -> str:
-    """Where the figures are from: one line for each commit and machine."""
-    return "\n".join(dict.fromkeys(_origin(run) for run in runs.values()))
-
-
-def _origin(run: Run) -> str:
-    machine, commit = run["machine_info"], run["commit_info"]
-    changed = " and changes" if commit["dirty"] else ""
-    return (
-        f"Measured on {machine['cpu']}, {machine['threads']} threads; torch "
-        f"{machine['versions']['torch']}; commit {commit['id'][:10]}{changed}."
-    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .rows import Results, Row, load
 
 ROOT = Path(__file__).parent.parent
 QUALITY_BY_STEPS = "quality-by-steps.json"
+BITS_PER_DIM = "bits-per-dim.json"
 CONTENDERS = {
     "textbook": "eager PyTorch, as textbooks write it",
     "in_place": "eager PyTorch, in place",
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results_of_speed() -> list[Path]:
     """All that are committed."""
     committed = (ROOT / "benchmarks" / "results").glob("*.json")
-    return sorted(path for path in committed if path.name != QUALITY_BY_STEPS)
+    others = (QUALITY_BY_STEPS, BITS_PER_DIM)
+    return sorted(path for path in committed if path.name not in others)
 
 
 def replace_between_markers(page: Path, name: str, text: str) -> None:

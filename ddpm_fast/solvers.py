@@ -103,10 +103,7 @@ def ddpm(
     rows["mean_from_x0"] = beta * prev.sqrt() / (1 - abar)
     rows["mean_from_xt"] = (1 - prev) * alpha.sqrt() / (1 - abar)
 
-    variance_type = diffusion.variance_type
-    if variance_type is None:
-        whole = len(chain.timesteps) == diffusion.num_timesteps
-        variance_type = "fixed_large" if whole else "fixed_small"
+    variance_type = variance_type_of(diffusion, len(chain.timesteps))
     if variance_type == "fixed_small":
         rows["sigma"] = posterior_variance.sqrt()
     elif variance_type == "fixed_large":
@@ -123,6 +120,12 @@ def ddpm(
             rows["max_log_variance"] = beta.log()
     rows["sigma"][-1] = 0
     return chain.table(rows, reads_variance=variance_type.startswith("learned"))
+
+
+def variance_type_of(diffusion: GaussianDiffusion, num_steps: int) -> str:
+    """The diffusion's variance_type, or what None stands for in a chain of so many steps."""
+    whole = num_steps == diffusion.num_timesteps
+    return diffusion.variance_type or ("fixed_large" if whole else "fixed_small")
 
 
 def ddim(

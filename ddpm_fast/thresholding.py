@@ -38,6 +38,10 @@ class Thresholding:
         output = reference.guided(model_output, *guidance, x_t.shape[1], rows.dtype)
         row = reference.row_of(rows, step, x_t)
         xstart = reference.predict_xstart(row, x_t.to(rows.dtype), output)
+        return self.of(xstart)
+
+    def of(self, xstart: Tensor) -> Tensor:
+        """s of each sample, ``[N]``, for a predicted x_start ``[N, C, ...]``."""
         sizes = xstart.flatten(1).abs()
         return quantile(sizes, self.ratio).clamp(min=1.0, max=self.max_value)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .data import Dataset, ImageFolder, digits
+from .data import Dataset, digits, open_dataset
 from .diffusion import GaussianDiffusion
 from .models import UNet
 
@@ -121,26 +121,40 @@ def folder_recipe(
     path: str | os.PathLike[str],
     *,
     image_size: int = 32,
+    flip: bool = True,
     class_labels: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
     model_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Recipe:
-    """The paper's CIFAR-10 recipe for a folder of pictures, fewer levels if they are small.
+    """The paper's CIFAR-10 recipe for your own pictures, fewer levels if they are small.
 
     Args:
-        path: the folder, see :class:`ddpm_fast.data.ImageFolder`.
+        path: a folder of image files, an npz file or a folder that ``datasets`` saved, see
+            :func:`ddpm_fast.data.open_dataset`, also for the next five.
         image_size: height and width to train at.
+        flip: mirror half of the pictures.
         class_labels: take the subfolders as classes.
+        image_column: the array or column of pictures.
+        label_column: the array or column of labels.
         model_options: options of :class:`UNet` to change.
         options: fields of :class:`TrainConfig` to change.
 
     Raises:
-        NotADirectoryError, ValueError: see :class:`ddpm_fast.data.ImageFolder` and :class:`UNet`.
+        FileNotFoundError, ModuleNotFoundError, NotADirectoryError, ValueError: see
+            :func:`ddpm_fast.data.open_dataset` and :class:`UNet`.
     """
     config = TrainConfig(**options)
     network: dict[str, Any] = {"in_channels": 3, "dropout": 0.1} | dict(model_options or {})
-    dataset = ImageFolder(
-        path, image_size, channels=network["in_channels"], class_labels=class_labels
+    dataset = open_dataset(
+        path,
+        image_size,
+        channels=network["in_channels"],
+        flip=flip,
+        class_labels=class_labels,
+        image_column=image_column,
+        label_column=label_column,
     )
     levels = min(4, max(1, image_size.bit_length() - 2))  # the smallest at least 4 pixels wide
     sizes = [image_size >> level for level in range(levels)]

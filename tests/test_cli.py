@@ -666,7 +666,10 @@ def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("digits --image-size 16", "--image-size is for folders; the digits have their own recipe"),
+        (
+            "digits --image-size 16",
+            "--image-size is for other data; the digits have their own recipe",
+        ),
         ("digits --lr 0", "TrainConfig: learning_rate must be above 0; got 0.0"),
         ("no", "no: not a folder of pictures"),
     ],

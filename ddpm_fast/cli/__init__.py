@@ -1,4 +1,4 @@
-"""The command line, ``ddpm-fast train | sample | bench | info``: thin wrappers of the library."""
+"""The command line, ``ddpm-fast COMMAND``: thin wrappers of the library."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from ..processes import OtherProcessError, sentence, speaks
-from . import bench, info, sample, train
+from . import bench, eval, info, sample, train
 from .options import PROG
 
-COMMANDS = {"sample": sample, "train": train, "bench": bench, "info": info}
+COMMANDS = {"sample": sample, "train": train, "eval": eval, "bench": bench, "info": info}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -13,6 +13,7 @@ EXAMPLES = """\
 examples:
   ddpm-fast train digits --out digits.safetensors
   ddpm-fast train photos/ --image-size 64 --classes-from-folders --out photos.safetensors
+  ddpm-fast train samples.npz --label-column arr_1 --no-flip --out samples.safetensors
   ddpm-fast train digits --out digits.safetensors --resume"""
 
 # Each option of training.TrainConfig: its flag, its meaning, and the recipes' values.
@@ -28,12 +29,25 @@ TRAIN_OPTIONS = {
     "checkpoint_every": ("--checkpoint-every", "steps between two checkpoints", 500, 5_000),
 }
 FOLDER_IMAGE_SIZE = 32
-FOLDER_OPTIONS = ("image_size", "classes_from_folders", "channels", "model_channels")
+FOLDER_OPTIONS = (
+    "image_size",
+    "no_flip",
+    "classes_from_folders",
+    "image_column",
+    "label_column",
+    "channels",
+    "model_channels",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("data", metavar="digits|PATH", help="scikit-learn's digits, or a folder")
+    parser.add_argument(
+        "data",
+        metavar="digits|PATH",
+        help="scikit-learn's digits; or a folder of pictures, an .npz, or a folder that Hugging "
+        "Face's datasets saved",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--resume", action="store_true", help="continue the run in FILE")
     add_device(parser)
@@ -49,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             help=f"{meaning} (default: {default})",
         )
 
-    folders = parser.add_argument_group("for folders")
+    folders = parser.add_argument_group("for pictures of your own")
     folders.add_argument(
         "--image-size",
         type=count,
@@ -66,10 +80,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="width of the network: less is faster (default: 128)",
     )
     folders.add_argument(
+        "--no-flip",
+        action="store_true",
+        default=None,
+        help="for what reads one way only, such as writing (default: half of them are mirrored)",
+    )
+    folders.add_argument(
         "--classes-from-folders",
         action="store_true",
         default=None,
         help="the subfolders are the classes (default: no classes)",
+    )
+    folders.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="the pictures of an .npz or of datasets (default: arr_0, or the only such column)",
+    )
+    folders.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the classes of an .npz or of datasets (default: no classes)",
     )
 
 
@@ -94,13 +124,16 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         for name in FOLDER_OPTIONS:
             if name in given:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is for folders; the digits have their own recipe")
+                raise ValueError(f"--{flag} is for other data; the digits have their own recipe")
         return digits_recipe(**options)
     network = {"in_channels": args.channels, "model_channels": args.model_channels}
     return folder_recipe(
         args.data,
         image_size=given.get("image_size", FOLDER_IMAGE_SIZE),
+        flip=not args.no_flip,
         class_labels=bool(args.classes_from_folders),
+        image_column=args.image_column,
+        label_column=args.label_column,
         model_options={name: value for name, value in network.items() if value is not None},
         **options,
     )

@@ -1,0 +1,177 @@
+"""``ddpm-fast eval bpd``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...atomic import atomic_write
+from ...checkpoint import Loaded, load
+from ...likelihood import BitsPerDim, bits_per_dim
+from ...network import PRECISIONS
+from ...schedules import TIMESTEP_SPACINGS
+from ..options import add_device, check_writable, count, device_named
+from . import pictures
+
+SUMMARY = "bits per dimension of pictures under a model, by the variational bound"
+EXAMPLES = """\
+  ddpm-fast eval bpd --num 20 --steps 20
+  ddpm-fast eval bpd --checkpoint cats.safetensors --data cats/ --json bpd.json"""
+DIGIT_LEVELS = 17
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measure."""
+    parser.add_argument(
+        "--checkpoint",
+        default="digits",
+        metavar="NAME|PATH",
+        help="a bundled model or a checkpoint file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        default="digits",
+        metavar=pictures.METAVAR,
+        help=f"{pictures.HELP} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num", type=count, metavar="N", help="so many of them, taken evenly (default: all)"
+    )
+    parser.add_argument(
+        "--levels",
+        type=count,
+        metavar="N",
+        help=f"values that a pixel can have (default: {DIGIT_LEVELS} for the digits, else 256)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help="height and width (default: what the model was made for)",
+    )
+    parser.add_argument(
+        "--classes-from-folders", action="store_true", help="the subfolders are the classes"
+    )
+    parser.add_argument(
+        "--label-column", metavar="NAME", help="the classes of an .npz or of datasets, e.g. arr_1"
+    )
+    parser.add_argument(
+        "--steps", type=count, metavar="N", help="of a shorter chain (default: all the model's)"
+    )
+    parser.add_argument(
+        "--spacing",
+        choices=TIMESTEP_SPACINGS,
+        default="trailing",
+        help="which timesteps to take where they are fewer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed, the same bound (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        default=64,
+        metavar="N",
+        help="pictures at a time; changes no bound (default: %(default)s)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the network's arithmetic (default: fp32)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every term there too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if args.json is not None:
+        check_writable(args.json)
+    device = device_named(args.device)
+    model, diffusion = load(args.checkpoint, device=device)
+    images, labels = _chosen(args, model)
+    levels = args.levels or (DIGIT_LEVELS if args.data in pictures.DIGITS else 256)
+    found = bits_per_dim(
+        model,
+        diffusion,
+        images,
+        levels=levels,
+        class_labels=labels,
+        num_steps=args.steps,
+        timestep_spacing=args.spacing,
+        seed=args.seed,
+        batch_size=args.batch,
+        device=device,
+        precision=args.precision,
+        progress=sys.stderr.isatty(),
+    )
+    print(
+        f"{args.checkpoint}: {len(images)} pictures of {args.data}, "
+        f"{'no labels' if labels is None else 'with labels'}, {levels} levels, seed {args.seed}\n"
+    )
+    print(table(found))
+    if args.json is not None:
+        facts = {"options": _options(args), "levels": levels, "labels": labels is not None}
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(facts | summary(found), indent=2).encode())
+
+
+def _chosen(args: argparse.Namespace, model: Loaded) -> tuple[Tensor, Tensor | None]:
+    """The pictures to measure, and their labels where the model wants and the data have them."""
+    size = args.image_size or getattr(model, "image_size", None)
+    columns = {"class_labels": args.classes_from_folders, "label_column": args.label_column}
+    dataset = pictures.opened(args.data, size, model.in_channels, **columns)
+    number = min(args.num or len(dataset), len(dataset))
+    images, labels = pictures.batch_of(dataset, evenly(len(dataset), number))
+    has_classes = getattr(model, "num_classes", None) is not None
+    return images, labels if has_classes else None
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """int64 ``[count]``: so many of the indices below ``length``, from the first to the last."""
+    return torch.linspace(0, length - 1, count, dtype=torch.float64).round().long()
+
+
+def table(found: BitsPerDim) -> str:
+    """The terms, put together by the powers of two that their timesteps lie between."""
+    *steps, last = found.timesteps
+    terms = found.terms.mean(dim=0).tolist()
+    bands: dict[int, list[int]] = {}
+    for k, t in enumerate(steps):
+        bands.setdefault(t.bit_length(), []).append(k)
+    rows = {"the prior": float(found.prior.mean())}
+    for chosen in bands.values():
+        first, end = steps[chosen[0]], steps[chosen[-1]]
+        name = f"t = {first}" if first == end else f"t = {first} ... {end}"
+        rows[name] = sum(terms[k] for k in chosen)
+    rows[f"t = {last}, the decoder"] = terms[-1]
+    rows["total"] = float(found.total.mean())
+    lines = [f"{name:24}{bits:8.4f}" for name, bits in rows.items()]
+    if len(found.total) > 1:
+        lines[-1] += f" ± {_standard_error(found):.4f} (standard error)"
+    return "\n".join([f"{'':24}bits per dimension", *lines])
+
+
+def summary(found: BitsPerDim) -> dict[str, Any]:
+    """JSON-able: means over the pictures, and the bound of each."""
+    return {
+        "total": float(found.total.mean()),
+        "standard_error": _standard_error(found) if len(found.total) > 1 else None,
+        "prior": float(found.prior.mean()),
+        "timesteps": list(found.timesteps),
+        "terms": found.terms.mean(dim=0).tolist(),
+        "totals": found.total.tolist(),
+    }
+
+
+def _standard_error(found: BitsPerDim) -> float:
+    return float(found.total.std()) / math.sqrt(len(found.total))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that can stand in JSON: not the functions that argparse keeps there."""
+    return {name: value for name, value in vars(args).items() if not callable(value)}

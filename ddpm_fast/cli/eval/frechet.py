@@ -1,0 +1,110 @@
+"""``ddpm-fast eval frechet``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import operator
+import os
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from ...data import Dataset
+from ...frechet import Extractor, FeatureStatistics, features_of, frechet_distance, pixels
+from ..options import add_device, count, device_named
+from .pictures import DIGITS, HELP, METAVAR, add_size, batch_of, batches_of, opened
+
+SUMMARY = "the Fréchet distance between two sets of pictures, on features that you name"
+EXAMPLES = """\
+  ddpm-fast eval frechet samples.npz digits
+  ddpm-fast eval frechet samples/ cats/ --image-size 64 --features my_features:inception"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measure."""
+    parser.add_argument("samples", metavar="SAMPLES", help=f"{METAVAR}: {HELP}")
+    parser.add_argument("reference", metavar="REFERENCE", help="the same")
+    parser.add_argument(
+        "--features",
+        default="pixels",
+        metavar="NAME",
+        help="pixels, or package.module:callable, which is imported, also from here, and called "
+        "with pictures [N, C, H, W] in [-1, 1] for features [N, D] (default: %(default)s)",
+    )
+    add_size(parser)
+    parser.add_argument(
+        "--batch",
+        type=count,
+        default=64,
+        metavar="N",
+        help="pictures at a time (default: %(default)s)",
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    device = device_named(args.device)
+    extractor = extractor_named(args.features)
+    if isinstance(extractor, nn.Module):
+        extractor = extractor.to(device)
+    size, channels = _size(args)
+    sets = [opened(data, size, channels) for data in (args.samples, args.reference)]
+    samples, reference = (_statistics(data, extractor, args.batch, device) for data in sets)
+    dimensions = len(samples.mean)
+    if min(samples.count, reference.count) <= dimensions:
+        warnings.warn(
+            f"{dimensions} features want more than {dimensions} pictures in each set, "
+            f"for which there are {samples.count} and {reference.count}",
+            stacklevel=2,
+        )
+    print(f"{args.samples}: {samples.count} pictures")
+    print(f"{args.reference}: {reference.count} pictures")
+    print(
+        f"Fréchet distance on {args.features}, {dimensions} features: "
+        f"{frechet_distance(samples, reference):.4f}"
+    )
+
+
+def extractor_named(name: str) -> Extractor:
+    """``pixels``, or what ``package.module:callable`` names, imported from where Python looks.
+
+    Raises:
+        ValueError: it is neither, or cannot be imported, or not be called.
+    """
+    if name == "pixels":
+        return pixels
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"--features {name} is neither pixels nor package.module:callable")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look here of itself
+    try:
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:
+        raise ValueError(
+            f"--features {name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"--features {name} cannot be called: it is a {type(found).__name__}")
+    extractor: Extractor = found
+    return extractor
+
+
+def _size(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """Of the pictures of both sets: the digits' own where one is of them."""
+    is_digits = any(data in DIGITS for data in (args.samples, args.reference))
+    size, channels = (8, 1) if is_digits else (None, None)
+    return args.image_size or size, args.channels or channels
+
+
+def _statistics(
+    dataset: Dataset, extractor: Extractor, batch: int, device: torch.device
+) -> FeatureStatistics:
+    images = (batch_of(dataset, indices)[0].to(device) for indices in batches_of(dataset, batch))
+    return FeatureStatistics.of(
+        features for few in images for features in features_of(extractor, few, batch_size=batch)
+    )
