@@ -22,7 +22,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["cli.sample", "cli.train", "cli.bench", "cli.info"],
-    ["cli.options"],
+    ["cli.options", "cli.config"],
     ["integrations.schedulers"],
     ["integrations"],
     ["__init__"],
