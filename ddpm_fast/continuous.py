@@ -158,7 +158,7 @@ class ContinuousSampler:
             return self._release()
 
     def run(self) -> Iterator[tuple[int, Tensor]]:
-        """Steps until nothing is left, and yields tickets and samples as they are finished."""
+        """Steps until nothing is left, and yields tickets and samples ``[C, ...]`` as they end."""
         while len(self):
             yield from self.step().items()
 
