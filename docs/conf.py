@@ -27,7 +27,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "mathml",
+    "formulas",
 ]
 myst_enable_extensions = ["dollarmath"]  # what Markdown has on GitHub too
 myst_heading_anchors = 3
@@ -37,7 +37,7 @@ html_static_path = ["_static"]
 html_extra_path = ["_redirect"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
-html_math_renderer = "mathml"
+html_math_renderer = "formulas"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
