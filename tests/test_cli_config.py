@@ -5,34 +5,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ddpm_fast import cli
-
-REQUIRED = {"train": {"data": "digits", "out": "model.safetensors"}}
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    (commands,) = cli._parser()._subparsers._group_actions  # type: ignore[union-attr]
-    assert commands.choices is not None
-    parser = commands.choices[command]
-    assert isinstance(parser, argparse.ArgumentParser)
-    return parser
+from ddpm_fast.cli.config import ConfigurableParser, add_config, commands_of
 
 
-def options_of(command: str) -> list[argparse.Action]:
+def commands(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """Each command, and each that a command has in turn, with its words."""
+    inner = commands_of(parser)
+    if not inner:
+        yield words, parser
+    for name, command in inner.items():
+        yield from commands(command, (*words, name))
+
+
+COMMANDS = dict(commands(cli._parser()))
+
+
+def options_of(words: tuple[str, ...]) -> list[argparse.Action]:
     """All that the command takes, apart from ``--help`` and ``--config``."""
-    return [
-        action for action in parser_of(command)._actions if action.dest not in ("help", "config")
-    ]
+    return [action for action in COMMANDS[words]._actions if action.dest not in ("help", "config")]
 
 
 OPTIONS = [
-    pytest.param(command, action, id=f"{command} {' '.join(action.option_strings) or action.dest}")
-    for command in cli.COMMANDS
-    for action in options_of(command)
+    pytest.param(words, action, id=" ".join([*words, *(action.option_strings or [action.dest])]))
+    for words in COMMANDS
+    for action in options_of(words)
 ]
 
 
@@ -94,19 +98,16 @@ def complaint(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("spell", ["-", "_"])
 @pytest.mark.parametrize(("command", "action"), OPTIONS)
 def test_a_file_says_what_the_command_line_says(
-    command: str, action: argparse.Action, spell: str, extension: str, tmp_path: Path
+    command: tuple[str, ...], action: argparse.Action, spell: str, extension: str, tmp_path: Path
 ) -> None:
     if extension != "toml":
         pytest.importorskip("yaml")
-    key, value = key_of(action).replace("-", spell), value_for(action)
-    required = {
-        name: text for name, text in REQUIRED.get(command, {}).items() if name != action.dest
-    }
-    words = [command]
+    words = [*command]
     for other in options_of(command):
-        if other.dest in required:
-            words += words_for(other, required[other.dest])
-    path = write(tmp_path / f"options.{extension}", {key: value})
+        if other.required and other.dest != action.dest:
+            words += words_for(other, value_for(other))
+    value = value_for(action)
+    path = write(tmp_path / f"run.{extension}", {key_of(action).replace("-", spell): value})
     from_file = parse(*words, "--config", path)
     assert from_file == parse(*words, *words_for(action, value))
     assert from_file[action.dest] != action.default
@@ -235,3 +236,16 @@ def test_help_shows_the_values_of_the_file(
         cli.main(["sample", "--config", path, "--help"])
     assert end.value.code == 0
     assert "number of samples (default: 17)" in capsys.readouterr().out
+
+
+def test_commands_of_commands_have_tables_of_tables(tmp_path: Path) -> None:
+    parser = ConfigurableParser(prog="program")
+    outer = parser.add_subparsers().add_parser("outer").add_subparsers()
+    for name in ("first", "second"):
+        outer.add_parser(name).add_argument("--num", type=int)
+    add_config(parser)
+    path = tmp_path / "run.toml"
+    path.write_text("num = 1\n[outer]\nnum = 2\n[outer.second]\nnum = 3\n")
+    for name, num in (("first", 2), ("second", 3)):
+        args = parser.parse_args(["outer", name, "--config", str(path)])
+        assert args.num == num

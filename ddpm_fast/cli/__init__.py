@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
 from . import bench, info, sample, train
-from .config import add_config, use_config
+from .config import ConfigurableParser, add_config
 from .options import PROG
 
 COMMANDS = {"sample": sample, "train": train, "bench": bench, "info": info}
@@ -58,21 +58,8 @@ def _show_warning(
     _say(f"warning: {message}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reads ``--config``, and reports a mistake as other errors, without the usage above it."""
-
-    command: str | None = None
-
-    def parse_known_args(
-        self, args: Iterable[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
-        argv = sys.argv[1:] if args is None else list(args)
-        if self.command is not None:
-            try:
-                use_config(self, self.command, COMMANDS, argv)
-            except (ImportError, ValueError) as error:
-                self.error(str(error))
-        return super().parse_known_args(argv, namespace)
+class _Parser(ConfigurableParser):
+    """Reports a mistake in the form of all other errors, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"{PROG}: error: {message} (see {self.prog} --help)\n")
@@ -89,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=command.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.command = name
         command.add_options(added)
-        add_config(added)
         added.set_defaults(run=command.run)
+    add_config(parser)
     return parser

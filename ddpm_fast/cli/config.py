@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,62 @@ else:
     import tomli as tomllib
 
 Values = Mapping[str, Any]
+Tables = Mapping[str, "Tables"]
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """``--config``, for :func:`use_config`."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="take options from a .toml or .yaml file: steps = 50; the command line comes first",
-    )
+class ConfigurableParser(argparse.ArgumentParser):
+    """A parser of which :func:`add_config` can make one that reads ``--config``."""
+
+    command: tuple[str, ...] = ()
+    tables: Tables | None = None
+
+    def parse_known_args(
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As argparse does, after the file has been read."""
+        argv = sys.argv[1:] if args is None else list(args)
+        if self.tables is not None:
+            try:
+                use_config(self, self.command, self.tables, argv)
+            except (ImportError, ValueError) as error:
+                self.error(str(error))
+        return super().parse_known_args(argv, namespace)
+
+
+def add_config(parser: ConfigurableParser) -> None:
+    """Add ``--config`` to the parser's commands, or to the commands that these have in turn."""
+    tables = _tables(parser)
+    for command, leaf in _leaves(parser):
+        leaf.command, leaf.tables = command, tables
+        leaf.add_argument(
+            "--config",
+            metavar="FILE",
+            help="take options from a .toml or .yaml file (num = 12); those given here come first",
+        )
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, ConfigurableParser]:
+    """The commands of a parser by their names; none where it is that of a command itself."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: command for action in found for name, command in action.choices.items()}
+
+
+def _tables(parser: argparse.ArgumentParser) -> Tables:
+    return {name: _tables(command) for name, command in commands_of(parser).items()}
+
+
+def _leaves(
+    parser: ConfigurableParser, command: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], ConfigurableParser]]:
+    commands = commands_of(parser)
+    if not commands:
+        yield command, parser
+    for name, inner in commands.items():
+        yield from _leaves(inner, (*command, name))
 
 
 def use_config(
-    parser: argparse.ArgumentParser, command: str, commands: Collection[str], argv: Sequence[str]
+    parser: argparse.ArgumentParser, command: Sequence[str], tables: Tables, argv: Sequence[str]
 ) -> None:
     """Make what the file of ``--config`` in ``argv`` says the defaults of a command's parser.
 
@@ -35,6 +78,12 @@ def use_config(
     arguments; ``_`` may stand for ``-``. A table named after a command holds keys for it alone,
     which come before those outside. Each value goes through the converter and the choices of its
     option. A flag is true or false, and a list the same as its elements with commas between them.
+
+    Args:
+        parser: of the command, to be changed.
+        command: its words, such as ``("sample",)``.
+        tables: the names of all commands, nested as they are.
+        argv: what comes behind the command.
 
     Raises:
         ValueError: The file is missing, or is neither TOML nor YAML; it has a key that the command
@@ -46,10 +95,10 @@ def use_config(
     if path is None:
         return
     actions = _actions_by_key(parser)
-    for key, value in _values_for(command, commands, read(path)).items():
+    for key, value in _values_for(command, tables, read(path)).items():
         if key not in actions:
-            known = commands if isinstance(value, dict) else actions
-            raise ValueError(f"{path}: {command} has no option {key}; {_names_like(key, known)}")
+            near = _names_like(key, tables if isinstance(value, dict) else actions)
+            raise ValueError(f"{path}: {' '.join(command)} has no option {key}; {near}")
         try:
             _set_default(parser, actions[key], value)
         except argparse.ArgumentError as error:
@@ -117,13 +166,16 @@ def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Actio
     return actions
 
 
-def _values_for(command: str, commands: Collection[str], values: Values) -> Values:
-    """The command's own table over what stands outside of tables."""
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    outside = {key: value for key, value in values.items() if key not in tables.keys() & commands}
-    merged: dict[str, object] = {}
-    for part in (outside, tables.get(command, {})):
-        merged |= {str(key).replace("_", "-"): value for key, value in part.items()}
+def _values_for(command: Sequence[str], tables: Tables, values: Values) -> Values:
+    """What stands outside of tables, and over it what stands in the command's own."""
+    merged = {
+        str(key).replace("_", "-"): value
+        for key, value in values.items()
+        if key not in tables or not isinstance(value, dict)
+    }
+    inside = values.get(command[0]) if command else None
+    if isinstance(inside, dict):
+        merged |= _values_for(command[1:], tables[command[0]], inside)
     return merged
 
 
