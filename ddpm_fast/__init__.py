@@ -1,9 +1,11 @@
 """Fast sampling from denoising diffusion probabilistic models (Ho et al. 2020).
 
-from ddpm_fast import load, sample
+::
 
-model, diffusion = load("digits")
-images = sample(model, (64, 1, 8, 8), diffusion=diffusion, seed=0)
+    from ddpm_fast import load, sample
+
+    model, diffusion = load("digits")
+    images = sample(model, (64, 1, 8, 8), diffusion=diffusion, seed=0)
 """
 
 from importlib.metadata import version

@@ -145,6 +145,8 @@ def save(
 def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
     """Write the inference checkpoint of a training checkpoint: its averaged weights alone.
 
+    ``source`` is the file to read, ``destination`` the file to write, whole or not at all.
+
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
         OSError: ``destination`` cannot be written.
@@ -187,7 +189,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint file, its tensors on the CPU.
+    """Read the checkpoint file at ``path``, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -247,7 +249,10 @@ def check_tensors(
     architecture: str,
     path: str | os.PathLike[str],
 ) -> None:
-    """Raise ValueError unless ``found`` has the names and shapes of ``wanted``."""
+    """Raise ValueError unless ``found`` has the names and shapes of ``wanted``.
+
+    ``architecture`` and ``path`` are for its message.
+    """
     for name, tensor in wanted.items():
         if name not in found:
             raise ValueError(f"{path}: not the weights of this {architecture}: {name} is missing")

@@ -166,7 +166,7 @@ class ContinuousSampler:
         return finished
 
     def run(self) -> Iterator[tuple[int, Tensor]]:
-        """Steps until nothing is left, and yields tickets and samples as they are finished.
+        """Steps until nothing is left, and yields tickets and samples ``[C, ...]`` as they end.
 
         What it has not yielded when it is left, the next ``run`` or ``step`` gives.
         """

@@ -225,8 +225,9 @@ class GaussianDiffusion:
         """The x_start that a model's output stands for, before any clamp.
 
         For epsilon: (x_t - sqrt(1 - abar) eps) / sqrt(abar), Ho et al. 2020, eq. 15; for
-        v_prediction: sqrt(abar) x_t - sqrt(1 - abar) v, Salimans & Ho 2022, appendix D. All
-        tensors ``[N, C, ...]``, ``t`` int64 ``[N]``. With epsilon nothing follows where abar is 0.
+        v_prediction: sqrt(abar) x_t - sqrt(1 - abar) v, Salimans & Ho 2022, appendix D. ``x_t``,
+        ``model_output`` and the result are ``[N, C, ...]``, ``t`` int64 ``[N]``. With epsilon
+        nothing follows where abar is 0.
         """
         from_xt, from_out = self.xstart_coefs(self.alphas_cumprod)
         predicted = _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output

@@ -79,8 +79,8 @@ def image_to_image(
     """Noises a picture part of the way, and samples from there: SDEdit (Meng et al. 2022).
 
     Args:
-        model, diffusion, sampler, num_steps, eta, timestep_spacing, seed, first_index, generator,
-            backend: as for :func:`sample`.
+        model, diffusion, sampler, num_steps, eta, timestep_spacing: as for :func:`sample`.
+        seed, first_index, generator, backend: likewise.
         image: ``[N, C, ...]``, in [-1, 1].
         strength: in (0, 1], the part of the steps that is taken, the last of them; at 1 next to
             nothing is left of the picture.
@@ -212,8 +212,9 @@ def _indices(count: int, first: SupportsIndex, device: torch.device | str) -> Te
 
 
 def slerp(first: Tensor, second: Tensor, weights: Sequence[float]) -> Tensor:
-    """Points on the arc between two tensors of one shape (Shoemake 1985), ``[len(weights), ...]``.
+    """Points on the arc from ``first`` to ``second``, of one shape (Shoemake 1985).
 
+    One for each of ``weights``, 0 the first and 1 the second: ``[len(weights), ...]``.
     Unlike the chord, it keeps their length, which is what makes noise noise.
 
     Raises:

@@ -216,6 +216,9 @@ class Sampler:
 
     Arguments are those of :func:`sample`, split between here and the call. One sampler draws one
     batch at a time.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`sample`.
     """
 
     def __init__(
@@ -608,7 +611,7 @@ def checked_shape(shape: Sequence[SupportsIndex]) -> tuple[int, ...]:
 
 
 def checked_first_index(first_index: SupportsIndex, batch: int) -> int:
-    """The index of a batch's first sample; ValueError where one of them has none."""
+    """``first_index``, of a batch's first sample; ValueError where one of them has none."""
     first = operator.index(first_index)
     if not 0 <= first <= _MAX_SAMPLES - batch:
         raise ValueError(f"first_index must lie in [0, 2**48 - {batch}]; got {first}")

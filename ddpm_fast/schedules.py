@@ -21,7 +21,7 @@ def named_betas(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
 ) -> Tensor:
-    """The betas of a named schedule, float64 ``[num_timesteps]``.
+    """The betas of a named schedule, float64 ``[num_timesteps]``: ``beta_schedule`` is one of four.
 
     ``linear`` (Ho et al. 2020, section 4) and ``scaled_linear`` (Rombach et al. 2022: linear in
     sqrt(beta)) run from ``beta_start`` to ``beta_end`` whatever the number of timesteps;

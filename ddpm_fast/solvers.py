@@ -63,7 +63,7 @@ class StepTable:
         return replace(self, timesteps=self.timesteps[start:], rows=rows)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The rows as a kernel reads them, rounded once.
+        """The rows as a kernel reads them, ``[S, len(ROW)]`` on ``device``, rounded once.
 
         Raises:
             ValueError: a row is not finite in that dtype: hardly any signal is left, or the betas
@@ -89,6 +89,11 @@ def ddpm(
 
     Respacing makes a chain of the timesteps visited, whose betas follow from their abar (Nichol &
     Dhariwal 2021, section 4). The last step adds no noise, whatever its timestep.
+
+    Args:
+        diffusion: the process to reverse.
+        num_steps: as for :func:`ddpm_fast.schedules.respace`.
+        timestep_spacing: as for :func:`ddpm_fast.schedules.respace`.
 
     Raises:
         ValueError: as :func:`ddpm_fast.schedules.respace`.
@@ -176,6 +181,11 @@ def dpmpp_2m(
     A multistep solver of the second order in lambda = log(sqrt(abar) / sqrt(1 - abar)), which
     reads the previous step's clamped x_start. The first step, which has none, and the last,
     which leads to an infinite lambda, are of the first order.
+
+    Args:
+        diffusion: the process to reverse.
+        num_steps: as for :func:`ddpm_fast.schedules.respace`.
+        timestep_spacing: as for :func:`ddpm_fast.schedules.respace`.
 
     Raises:
         ValueError: as :func:`ddpm_fast.schedules.respace`.
@@ -307,6 +317,9 @@ def step_table(
     timestep_spacing: Spacing = "trailing",
 ) -> StepTable:
     """The table of a sampler by its name: ``ddpm``, ``ddim`` or ``dpmpp_2m``.
+
+    ``diffusion``, ``num_steps``, ``eta`` and ``timestep_spacing`` are those of :func:`ddim`, which
+    alone has an ``eta``.
 
     Raises:
         ValueError: an unknown sampler, ``eta`` for a sampler that has none, and what the

@@ -33,7 +33,7 @@ class Thresholding:
         guidance_scale: Tensor | None = None,
         guidance_factor: Tensor | None = None,
     ) -> Tensor:
-        """s of each sample, ``[N]``, for the arguments of a step."""
+        """s of each sample, ``[N]``, for the arguments of :func:`ddpm_fast.ops.reverse_step`."""
         guidance = guidance_scale, guidance_factor, step
         output = reference.guided(model_output, *guidance, x_t.shape[1], rows.dtype)
         row = reference.row_of(rows, step, x_t)
@@ -47,7 +47,7 @@ class Thresholding:
 
 
 def quantile(values: Tensor, ratio: float) -> Tensor:
-    """The quantile of each row of ``[N, E]``, linear between two values.
+    """The quantile ``ratio`` of each row of ``[N, E]``, ``[N]``: linear between two values.
 
     As torch.quantile, which refuses more than 2**24 numbers before torch 2.14, but that NaN counts
     as the largest number: a few of them do not undo the clamp of all others.

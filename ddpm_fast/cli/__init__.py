@@ -10,6 +10,7 @@ from typing import NoReturn, TextIO
 
 from ..processes import OtherProcessError, sentence, speaks
 from . import bench, eval, info, sample, train
+from .config import ConfigurableParser, add_config
 from .options import PROG
 
 COMMANDS = {"sample": sample, "train": train, "eval": eval, "bench": bench, "info": info}
@@ -53,7 +54,7 @@ def _show_warning(
     _say(f"warning: {message}", of_machine=True)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ConfigurableParser):
     """Reports a mistake in the form of all other errors, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
@@ -74,4 +75,5 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_options(added)
         added.set_defaults(run=command.run)
+    add_config(parser)
     return parser

@@ -236,6 +236,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
     """diffusers' DDPMScheduler, each step in one kernel (Ho et al. 2020, eqs. 7, 11 and 15).
 
     ``variance_type="fixed_large_log"``, whose pictures are NaN in diffusers, is ``fixed_large``.
+    The options are those of :class:`diffusers.DDPMScheduler`.
     """
 
     def step(
@@ -353,7 +354,10 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
 
 
 class FusedDDIMScheduler(_Fused, DDIMScheduler):
-    """diffusers' DDIMScheduler, each step in one kernel (Song et al. 2021, eqs. 12 and 16)."""
+    """diffusers' DDIMScheduler, each step in one kernel (Song et al. 2021, eqs. 12 and 16).
+
+    The options are those of :class:`diffusers.DDIMScheduler`.
+    """
 
     def step(
         self,

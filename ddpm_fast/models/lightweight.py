@@ -22,6 +22,11 @@ class LightweightUNet(nn.Module):
 
     ``conv1``, ``conv2`` and ``conv3`` are plain convolutions with bias: a ``state_dict`` holding
     ``conv1.weight`` ... ``conv3.bias`` of these shapes loads.
+
+    Args:
+        in_channels: of x_t.
+        hidden_channels: between the convolutions.
+        out_channels: of the prediction.
     """
 
     def __init__(
