@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
+from ..training import PeerFailure
 from . import bench, info, sample, train
 from .options import PROG
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             _say(str(interrupt) or "interrupted")
             return EXIT_INTERRUPTED
+        except PeerFailure:
+            return EXIT_BAD_INPUT  # one sentence is enough
         except (FloatingPointError, ImportError, OSError, ValueError) as error:
             _say(f"error: {_sentence(error)}")
             return EXIT_BAD_INPUT
