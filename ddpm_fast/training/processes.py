@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class World:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the processes."""
-        return model if self.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        return model if self.size == 1 else DistributedDataParallel(model)
 
     def averaging(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
         """While a part's gradient is computed: whether this is the ``now`` to average it."""
@@ -99,7 +99,14 @@ def process_group() -> Iterator[World]:
     try:
         yield World(rank, size)
     except BaseException as error:
-        if store.add("failures", 1) > 1:
-            raise PeerFailure("another process of this run has failed") from error
-        raise
+        if _is_first_failure(store):
+            raise
+        raise PeerFailure("another process of this run has failed") from error
     dist.destroy_process_group()
+
+
+def _is_first_failure(store: Any) -> bool:
+    try:
+        return bool(store.add("failures", 1) == 1)
+    except RuntimeError:  # the process that holds the store has failed and gone
+        return False
