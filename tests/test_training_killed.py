@@ -84,10 +84,9 @@ def test_the_number_of_processes_may_change(tmp_path: Path) -> None:
 
 def torchrun(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """``ddpm-fast train`` in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    options = "--image-size 8 --channels 1 --model-channels 8 --device cpu --warmup-steps 2".split()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, "2", "-m", "ddpm_fast", "train", *map(str, arguments), *options],
+        [*launch, "-m", "ddpm_fast", "train", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -100,7 +99,8 @@ def test_torchrun_trains_resumes_and_ends_with_one_sentence(tmp_path: Path) -> N
     (tmp_path / "pictures").mkdir()
     for i in range(6):
         Image.new("L", (8, 8), 40 * i).save(tmp_path / "pictures" / f"{i}.png")
-    arguments = ("pictures", "--out", "m.safetensors", "--batch-size", 4)
+    small = "--device cpu --image-size 8 --channels 1 --model-channels 8 --batch-size 4"
+    arguments = ("pictures", "--out", "m.safetensors", *small.split())
 
     done = torchrun(*arguments, "--steps", 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
