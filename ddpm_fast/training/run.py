@@ -17,6 +17,7 @@ from .batches import Batches, Part
 from .config import TrainConfig
 from .learning_rate import learning_rate
 from .processes import World
+from .seeds import seed_default_generators
 
 # The fastest that rounds as the plain loop over the weights does, which made the bundled model;
 # on a GPU, where that is no concern, the fastest.
@@ -144,7 +145,7 @@ class Run:
     def _backward(self, part: Part) -> Tensor:
         """Add a part's gradient, and give its share in the loss of the batch."""
         self.image_shape = tuple(part.images.shape[1:])
-        torch.manual_seed(part.dropout_seed)
+        seed_default_generators(part.dropout_seed, self.device)
         with self.world.averaging(self._parallel, part.is_last):
             losses = self.diffusion.training_losses(
                 self._predict,
