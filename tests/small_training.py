@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -72,33 +73,47 @@ def quick_recipe(
 
 
 class Child:
-    """A process that trains; of several, each is told of the others as torchrun would.
+    """A process that trains, batch by batch, as it is told to; it may be killed.
 
-    Attributes:
-        process: which may be killed.
-        batches: counts them, as they are asked for.
+    Args:
+        out: its checkpoint, which it resumes if it is there.
+        environment: variables that it finds.
+        options: those of the recipe.
     """
 
     def __init__(self, out: Path, environment: dict[str, str] | None = None, **options: Any):
-        self.batches, theirs = _CONTEXT.Pipe(duplex=False)
-        resume = out.exists()
-        arguments = (out, resume, environment or {}, theirs, options)
+        self._batches, theirs = _CONTEXT.Pipe()
+        arguments = (out, out.exists(), environment or {}, theirs, options)
         self.process: ForkServerProcess = _CONTEXT.Process(target=_train, args=arguments)
         self.process.start()
         theirs.close()
 
-    def wait_for(self, count: int) -> bool:
-        """Until as many batches were asked for; False where the process ends before."""
+    def goes_on(self, batches: int) -> bool:
+        """Let it have as many more; False where it ends before."""
         try:
-            for _ in range(count):
-                self.batches.recv()
+            for _ in range(batches):
+                self._batches.recv()
+                self._batches.send("go on")
         except EOFError:
             return False
         return True
 
+    def release(self) -> None:
+        """Let it have all others."""
+        self._batches.close()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+
+def exit_codes(*children: Child) -> list[int | None]:
+    """Let them go on to their ends."""
+    for child in children:
+        child.release()
+    for child in children:
+        child.process.join()
+    return [child.process.exitcode for child in children]
 
 
 def children(count: int, out: Path, **options: Any) -> list[Child]:
@@ -110,12 +125,16 @@ def children(count: int, out: Path, **options: Any) -> list[Child]:
 
 
 class _Told(Pictures):
-    def __init__(self, pictures: Pictures, batches: Connection) -> None:
+    """Pictures that are given out when the test that holds the other end says so."""
+
+    def __init__(self, pictures: Pictures, test: Connection) -> None:
         super().__init__(pictures.augmented)
-        self._batches = batches
+        self._test = test
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        self._batches.send(self.batches)
+        with contextlib.suppress(EOFError, OSError):  # it has let go
+            self._test.send(self.batches)
+            self._test.recv()
         return super().batch(indices, generator)
 
 
@@ -123,13 +142,13 @@ def _train(
     out: Path,
     resume: bool,
     environment: dict[str, str],
-    batches: Connection,
+    test: Connection,
     options: dict[str, Any],
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     recipe = quick_recipe(**options)
-    told = _Told(recipe.dataset, batches)
+    told = _Told(recipe.dataset, test)
     train(*recipe._replace(dataset=told), out=out, resume=resume, progress=False)
 
 

@@ -285,6 +285,13 @@ def test_folder_recipe_fits_the_picture_size(
 # --- choices ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without any choice."""
+    out = tmp_path_factory.mktemp("plain") / "plain.safetensors"
+    return train(*quick_recipe(), out=out, progress=False)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -298,9 +305,8 @@ def test_folder_recipe_fits_the_picture_size(
     ids=lambda options: "-".join(options),
 )
 def test_every_choice_changes_the_run_and_resumes_bit_for_bit(
-    tmp_path: Path, options: dict[str, object]
+    tmp_path: Path, plain: Path, options: dict[str, object]
 ) -> None:
-    plain = train(*quick_recipe(), out=tmp_path / "plain.safetensors", progress=False)
     whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
     parts, recipe = tmp_path / "parts.safetensors", quick_recipe(**options)
     recipe.dataset.before[5 * recipe.config.accumulate] = lambda: os.kill(
@@ -403,3 +409,27 @@ def test_a_learned_variance_is_trained_and_drawn_with(tmp_path: Path) -> None:
     model, diffusion = checkpoint.load(path)
     images = sample(model, (2, 1, 4, 4), diffusion=diffusion, num_steps=10, seed=0)
     assert diffusion.variance_type == "learned_range" and images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "device", "wanted"),
+    [
+        (1, "cuda", "cuda:1"),
+        (1, "cuda:1", "cuda:1"),
+        (1, "cpu", "cpu"),
+        (2, "cuda", "process 2 of this machine has no GPU of its own among 2"),
+        (1, "cuda:0", "processes cannot share cuda:0; ask for cuda, and each has its own"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, device: str, wanted: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        found = str(World(local_rank, 4).device(torch.device(device)))
+    except ValueError as error:
+        found = str(error)
+    assert found == wanted
+    assert World().device(torch.device(device)) == torch.device(device)
