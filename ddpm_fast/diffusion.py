@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .gaussians import discretized_gaussian_log_likelihood, normal_kl
+from .losses import LOSSES, min_snr_weight
 from .schedules import named_betas, rescale_zero_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+# Numbers that must not be those of another draw are drawn under the seed with these bits flipped.
+_OFFSET_SEED = 0x9E3779B97F4A7C15
 
 
 class GaussianDiffusion:
@@ -83,6 +88,7 @@ class GaussianDiffusion:
         # Infinite where no signal is left.
         self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
+        self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
 
         # q(x_{t-1} | x_t, x_0): Ho et al. 2020, eqs. 6 and 7
         prev, abar = self.alphas_cumprod_prev, self.alphas_cumprod
@@ -96,7 +102,9 @@ class GaussianDiffusion:
         self._forward_rows = torch.stack(
             [self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], dim=1
         )
-        self._forward_rows_on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._xstart_from_xt, self._xstart_from_out = self.xstart_coefs(self.alphas_cumprod)
+        self._log_betas = betas.log()
+        self._tables_on: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def from_schedule(
@@ -131,6 +139,11 @@ class GaussianDiffusion:
         diffusion = cls(betas, **options)
         diffusion._schedule = schedule
         return diffusion
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether a second set of the network's output channels tells the variance."""
+        return self.variance_type in ("learned", "learned_range")
 
     def config(self) -> dict[str, Any]:
         """A JSON-able description from which :meth:`from_config` builds the same diffusion.
@@ -196,7 +209,7 @@ class GaussianDiffusion:
             source["seed"] = ops.seed_tensor(seed, x_start.device)
             if sample_index is None:
                 source["sample_index"] = torch.arange(len(x_start), device=x_start.device)
-        rows = self._forward_rows_for(x_start)
+        rows = self._table("_forward_rows", x_start)
         return ops.q_sample(
             x_start, t, rows, **source, out=out, noise_out=noise_out, backend=backend
         )
@@ -206,7 +219,8 @@ class GaussianDiffusion:
 
         Ho et al. 2020, eq. 2. ``x_prev`` and ``noise`` are ``[N, C, ...]``, ``t`` int64 ``[N]``.
         """
-        keep, add = _at(1 - self.betas, t, x_prev).sqrt(), _at(self.betas, t, x_prev).sqrt()
+        rows = (1 - self.betas).to(x_prev.device, ops.compute_dtype(x_prev.dtype))
+        keep, add = _at(rows, t, x_prev).sqrt(), self._at("betas", t, x_prev).sqrt()
         return (keep * x_prev + add * noise).to(x_prev.dtype)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,10 +229,10 @@ class GaussianDiffusion:
         Ho et al. 2020, eqs. 6 and 7. ``x_start`` and ``x_t`` are ``[N, C, ...]``, ``t`` int64
         ``[N]``; the mean is like ``x_t``, the other two broadcast against it.
         """
-        coef1 = _at(self.posterior_mean_coef1, t, x_t)
-        coef2 = _at(self.posterior_mean_coef2, t, x_t)
-        variance = _at(self.posterior_variance, t, x_t)
-        log_variance = _at(self.posterior_log_variance_clipped, t, x_t)
+        coef1 = self._at("posterior_mean_coef1", t, x_t)
+        coef2 = self._at("posterior_mean_coef2", t, x_t)
+        variance = self._at("posterior_variance", t, x_t)
+        log_variance = self._at("posterior_log_variance_clipped", t, x_t)
         return (coef1 * x_start + coef2 * x_t).to(x_t.dtype), variance, log_variance
 
     def predict_xstart(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
@@ -229,8 +243,11 @@ class GaussianDiffusion:
         ``model_output`` and the result are ``[N, C, ...]``, ``t`` int64 ``[N]``. With epsilon
         nothing follows where abar is 0.
         """
-        from_xt, from_out = self.xstart_coefs(self.alphas_cumprod)
-        predicted = _at(from_xt, t, x_t) * x_t + _at(from_out, t, x_t) * model_output
+        from_xt, from_out = (
+            self._at("_xstart_from_xt", t, x_t),
+            self._at("_xstart_from_out", t, x_t),
+        )
+        predicted = from_xt * x_t + from_out * model_output
         return predicted.to(x_t.dtype)
 
     def xstart_coefs(self, abar: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,8 +272,8 @@ class GaussianDiffusion:
             return noise
         if self.prediction_type == "sample":
             return x_start
-        signal = _at(self.sqrt_alphas_cumprod, t, x_start)
-        v = signal * noise - _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        signal = self._at("sqrt_alphas_cumprod", t, x_start)
+        v = signal * noise - self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
         return v.to(x_start.dtype)
 
     def training_losses(
@@ -269,41 +286,129 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         seed: int | None = None,
         sample_index: Tensor | None = None,
+        loss: str = "mse",
+        min_snr_gamma: float | None = None,
+        offset_noise: float = 0.0,
+        vlb_weight: float = 0.001,
     ) -> Tensor:
-        """L_simple of each sample, ``[N]``: the mean squared error to :meth:`training_target`.
+        """What each sample costs the network, ``[N]``: by default L_simple.
 
-        Ho et al. 2020, eq. 14, averaged over elements. Arguments as for :meth:`q_sample`;
-        ``model`` is called as ``model(x_t, t, **model_kwargs)``.
+        That is the mean squared error to :meth:`training_target` (Ho et al. 2020, eq. 14,
+        averaged over elements). A learned variance, which it does not reach, is trained by
+        ``vlb_weight`` T :meth:`vlb_terms` on top, the hybrid objective of Nichol & Dhariwal 2021
+        (arXiv 2102.09672), eq. 16; that term's gradient does not reach the prediction. Its unit is
+        the bit per dimension, as in OpenAI's code, whose factor T / 1000 the default is.
+
+        Args:
+            model: called as ``model(x_t, t, **model_kwargs)``.
+            x_start, t, noise, seed, sample_index: as for :meth:`q_sample`.
+            model_kwargs: passed on to the model.
+            loss: of each element: ``mse``, ``l1``, or ``huber``, which is half the square up to an
+                error of 1 and linear beyond.
+            min_snr_gamma: weigh the timesteps, see :func:`ddpm_fast.losses.min_snr_weight`.
+            offset_noise: how much of one more number for each sample and channel is added to the
+                drawn noise (Guttenberg 2023, "Diffusion with Offset Noise"), so that the mean of a
+                channel is noised more than by 1 / sqrt(H W), and learned.
+            vlb_weight: lambda of the hybrid objective.
 
         Raises:
-            ValueError: the variance is learned, for which L_simple alone gives no gradient, or
-                the model's output has another shape than ``x_start``.
+            ValueError: an unknown loss; offset noise on top of given noise; or a model's output
+                that has neither the shape of ``x_start`` nor, where the variance is learned, twice
+                its channels.
         """
-        if self.variance_type in ("learned", "learned_range"):
-            raise ValueError(f"L_simple does not train a {self.variance_type} variance")
+        _check_option("loss", loss, tuple(LOSSES))
+        if offset_noise and noise is not None:
+            raise ValueError("offset_noise is added to drawn noise, and noise was given")
+        if offset_noise:
+            noise = self._offset_noise(x_start, t, offset_noise, seed, sample_index)
+            seed = sample_index = None
         x_t, noise = self.q_sample(x_start, t, noise, seed=seed, sample_index=sample_index)
         output = model(x_t, t, **(model_kwargs or {}))
-        target = self.training_target(x_start, t, noise)
-        if output.shape != target.shape:
-            raise ValueError(
-                "the model's output must have the shape of x_start; "
-                f"got {list(output.shape)} and {list(target.shape)}"
-            )
-        dtype = ops.compute_dtype(output.dtype)
-        return (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
+        _check_output(output, x_start, self.learns_variance)
+        output = output.to(ops.compute_dtype(output.dtype))
+        prediction = output[:, : x_start.shape[1]]
+        target = self.training_target(x_start, t, noise).to(output.dtype)
+        losses = LOSSES[loss](prediction, target, reduction="none").flatten(1).mean(dim=1)
+        if min_snr_gamma is not None:
+            snr = self._at("snr", t, x_start).flatten()
+            losses = losses * min_snr_weight(snr, self.prediction_type, min_snr_gamma)
+        if self.learns_variance:
+            log_variance = self.reverse_log_variance(output[:, x_start.shape[1] :], t)
+            bits = self.vlb_terms(x_start, x_t, t, prediction.detach(), log_variance)
+            losses = losses + vlb_weight * self.num_timesteps * bits
+        return losses
 
-    def _forward_rows_for(self, x_start: Tensor) -> Tensor:
-        key = x_start.device, ops.compute_dtype(x_start.dtype)
-        if key not in self._forward_rows_on:
+    def vlb_terms(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, log_variance: Tensor
+    ) -> Tensor:
+        """The term L_t of the variational bound, ``[N]``, in bits per dimension.
+
+        At t > 0 KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 minus the log-likelihood of
+        x_0 in pixels of 8 bits (Ho et al. 2020, eqs. 5 and 13). x_start is not clamped.
+
+        Args:
+            x_start, x_t, t: ``[N, C, ...]``, likewise and int64 ``[N]``; x_t drawn from x_start.
+            prediction: what the model says of x_start, epsilon or v, like ``x_start``.
+            log_variance: of p, broadcasting against it; see :meth:`reverse_log_variance`.
+        """
+        true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
+        mean, *_ = self.q_posterior(self.predict_xstart(x_t, t, prediction), x_t, t)
+        kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+        decoder = -discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
+        at_the_end = (t == 0).reshape(-1, *[1] * (x_start.dim() - 1))
+        return torch.where(at_the_end, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
+
+    def reverse_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
+        """log sigma_t^2 from the channels ``v``, ``[N, C, ...]``, of a learned variance.
+
+        ``learned`` is v itself, ``learned_range`` with f = (v + 1) / 2 is f log(beta_t) +
+        (1 - f) log of the posterior's variance (Nichol & Dhariwal 2021, eq. 15).
+        """
+        if self.variance_type == "learned":
+            return v
+        fraction = (v + 1) / 2
+        low = self._at("posterior_log_variance_clipped", t, v)
+        return fraction * self._at("_log_betas", t, v) + (1 - fraction) * low
+
+    def _offset_noise(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        strength: float,
+        seed: int | None,
+        sample_index: Tensor | None,
+    ) -> Tensor:
+        _, noise = self.q_sample(x_start, t, seed=seed, sample_index=sample_index)
+        channels = x_start.new_zeros(*x_start.shape[:2], *[1] * (x_start.dim() - 2))
+        seed = None if seed is None else seed ^ _OFFSET_SEED
+        _, offset = self.q_sample(channels, t, seed=seed, sample_index=sample_index)
+        return noise + strength * offset
+
+    def _table(self, name: str, like: Tensor) -> Tensor:
+        """A table on the device of ``like``, in its compute type; copied there once."""
+        key = name, like.device, ops.compute_dtype(like.dtype)
+        if key not in self._tables_on:
             with torch.inference_mode(False):  # autograd must be able to save what is kept
-                self._forward_rows_on[key] = self._forward_rows.to(*key)
-        return self._forward_rows_on[key]
+                self._tables_on[key] = getattr(self, name).to(*key[1:])
+        return self._tables_on[key]
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        return _at(self._table(name, like), t, like)
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    rows = table.to(device=like.device, dtype=ops.compute_dtype(like.dtype))
-    # Unlike rows[t], this refuses negative timesteps.
-    return rows.index_select(0, t.reshape(-1)).reshape(-1, *[1] * (like.dim() - 1))
+    # Unlike table[t], this refuses negative timesteps.
+    return table.index_select(0, t.reshape(-1)).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _check_output(output: Tensor, x_start: Tensor, learned: bool) -> None:
+    samples, channels, *rest = x_start.shape
+    if list(output.shape) != [samples, channels * (2 if learned else 1), *rest]:
+        wanted = ", with twice its channels for a learned variance" if learned else ""
+        raise ValueError(
+            f"the model's output must have the shape of x_start{wanted}; "
+            f"got {list(output.shape)} and {list(x_start.shape)}"
+        )
 
 
 def _checked_betas(betas: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def seed_tensor(seed: SupportsIndex | None, device: torch.device | str) -> Tenso
     number = operator.index(seed)
     if not 0 <= number < 1 << 64:
         raise ValueError(f"seed must lie in [0, 2**64); got {number}")
-    return torch.tensor(number if number < 1 << 63 else number - (1 << 64), device=device)
+    signed = number if number < 1 << 63 else number - (1 << 64)
+    return torch.full((), signed, dtype=torch.int64, device=device)  # no copy to wait for
 
 
 def reverse_step(

@@ -203,7 +203,9 @@ def test_help_of_train_tells_the_defaults_of_the_recipes(
     for name, (flag, meaning, _, _) in cli.train.TRAIN_OPTIONS.items():
         ours, theirs = getattr(digits, name), getattr(folder, name)
         default = f"{ours}" if ours == theirs else f"{ours} for digits, else {theirs}"
-        assert re.search(rf"{flag} [NX] {re.escape(f'{meaning} (default: {default})')}", text)
+        default = "off" if ours is None else default
+        values = "[NX]" if name not in cli.train.CHOICES else r"{[\w,]+}"
+        assert re.search(rf"{flag} {values} {re.escape(f'{meaning} (default: {default})')}", text)
     size = signature(folder_recipe).parameters["image_size"].default
     model = signature(UNet).parameters
     assert f"height and width to train at (default: {size})" in text
@@ -663,9 +665,29 @@ def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert saved.training["learning_rate"] == digits_recipe().config.learning_rate
 
 
+def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    choices = (
+        "--loss huber --min-snr-gamma 5 --offset-noise 0.1 --accumulate 2 --lr-schedule cosine"
+        " --ema-half-life 100 --precision bf16 --variance-type learned_range"
+        " --prediction-type v_prediction --beta-schedule squaredcos_cap_v2"
+        " --log-dir logs --sample-every 2"
+    )
+    options = [*SMALL.split(), *choices.split(), "--out", "m.safetensors", "--steps", 2]
+    assert run("train", picture_folder, *options) == 0
+    saved = checkpoint.read("m.safetensors")
+    told = {"loss": "huber", "min_snr_gamma": 5.0, "accumulate": 2, "precision": "bf16"}
+    assert told.items() <= saved.training.items()
+    assert saved.model_config["out_channels"] == 6
+    assert saved.diffusion_config["variance_type"] == "learned_range"
+    with Image.open("logs/samples-0000002.png") as picture:
+        assert picture.mode == "RGB"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ("digits --sample-every 5", "sample_every needs a log_dir"),
         (
             "digits --image-size 16",
             "--image-size is for other data; the digits have their own recipe",

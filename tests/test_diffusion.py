@@ -102,12 +102,6 @@ def test_l_simple_is_the_mean_squared_error(backend: str) -> None:
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2)))
 
 
-def test_l_simple_refuses_a_learned_variance() -> None:
-    diffusion = GaussianDiffusion(variance_type="learned_range")
-    with pytest.raises(ValueError, match=r"^L_simple does not train a learned_range variance$"):
-        diffusion.training_losses(lambda x, t: x, randn((1, 1, 1), 0), torch.tensor([0]))
-
-
 def test_l_simple_refuses_a_wrong_shape() -> None:
     """Broadcasting it would train on a plausible number."""
     sentence = r"the model's output must have the shape of x_start; got \[2, 1, 4\] and \[2, 3, 4\]"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,60 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import GaussianDiffusion, checkpoint, models
+from ddpm_fast import GaussianDiffusion, checkpoint, models, sample
 from ddpm_fast.data import TensorDataset
 from ddpm_fast.models import LightweightUNet, UNet
 from ddpm_fast.training import (
-    Recipe,
     TrainConfig,
+    World,
     digits_recipe,
     ema_decay,
     folder_recipe,
-    seeded_unet,
     train,
 )
-
-QUICK = TrainConfig(
-    num_steps=12, batch_size=4, learning_rate=1e-3, warmup_steps=2, checkpoint_every=5
-)
-
+from ddpm_fast.training.averaging import decay_ceiling
+from ddpm_fast.training.batches import Batches, Part
+from ddpm_fast.training.learning_rate import learning_rate
+from ddpm_fast.training.run import Run
+from small_training import QUICK, Pictures, quick_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Pictures(TensorDataset):
-    """Ten 4x4 pictures of two classes, augmented; can call something before a given batch."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        super().__init__(
-            torch.rand(10, 1, 4, 4, generator=generator) * 2 - 1, torch.arange(10) % 2, 2
-        )
-        self.batches = 0
-        self.seen: list[Tensor] = []
-        self.before: dict[int, Callable[[], object]] = {}
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        self.before.get(self.batches, lambda: None)()
-        self.batches += 1
-        self.seen.append(indices)
-        images, labels = super().batch(indices, generator)
-        return images * torch.rand(len(images), 1, 1, 1, generator=generator), labels
-
-
-def quick_recipe(**options: object) -> Recipe:
-    model = seeded_unet(
-        0,
-        in_channels=1,
-        image_size=4,
-        model_channels=8,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        dropout=0.3,
-        num_classes=2,
-    )
-    return Recipe(model, GaussianDiffusion(), Pictures(), replace(QUICK, **options))
 
 
 def test_the_uninterrupted_run_repeats_itself(tmp_path: Path) -> None:
@@ -216,6 +180,9 @@ def test_nothing_to_resume_and_nowhere_to_write(tmp_path: Path) -> None:
     [
         ({"seed": 1}, "its seed is 0, this run's is 1"),
         ({"learning_rate": 0.5}, "its learning_rate is 0.001, this run's is 0.5"),
+        ({"loss": "l1"}, "its loss is mse, this run's is l1"),
+        ({"min_snr_gamma": 5.0}, "its min_snr_gamma is None, this run's is 5.0"),
+        ({"precision": "bf16"}, "its precision is fp32, this run's is bf16"),
     ],
     ids=str,
 )
@@ -262,6 +229,13 @@ def test_label_dropout_needs_a_null_label(tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, "TrainConfig: learning_rate must be above 0; got nan"),
         ({"seed": -1}, "TrainConfig: seed must not be negative; got -1"),
         ({"label_dropout": 1.5}, "TrainConfig: label_dropout must be in [0, 1]; got 1.5"),
+        ({"loss": "l2"}, "TrainConfig: loss must be one of mse, l1, huber; got l2"),
+        ({"lr_schedule": "no"}, "TrainConfig: lr_schedule must be one of constant, cosine; got no"),
+        ({"precision": "fp16"}, "TrainConfig: precision must be one of fp32, bf16; got fp16"),
+        ({"min_snr_gamma": 0.0}, "TrainConfig: min_snr_gamma must be above 0; got 0.0"),
+        ({"ema_half_life": -1.0}, "TrainConfig: ema_half_life must be above 0; got -1.0"),
+        ({"accumulate": 0}, "TrainConfig: accumulate must be above 0; got 0"),
+        ({"offset_noise": -0.1}, "TrainConfig: offset_noise must not be negative; got -0.1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -278,8 +252,11 @@ def test_digits_recipe_is_the_bundled_models() -> None:
     assert bundled.model_config == model.config()
     assert bundled.diffusion_config == diffusion.config()
     assert bundled.step == config.num_steps
-    assert {name: bundled.training[name] for name in vars(config)} == vars(config)
-    assert len(dataset) == bundled.training["dataset_size"]
+    assert TrainConfig.from_description(bundled.training) == config
+    assert bundled.training == config.description() | {
+        "dataset_size": len(dataset),
+        "torch": bundled.training["torch"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -303,3 +280,156 @@ def test_folder_recipe_fits_the_picture_size(
     assert list(recipe.model.attention_resolutions) == attention
     assert (recipe.model.num_classes, recipe.model.in_channels) == (1, 1)
     assert (recipe.config.num_steps, recipe.config.learning_rate) == (3, 2e-4)
+
+
+# --- choices ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without any choice."""
+    out = tmp_path_factory.mktemp("plain") / "plain.safetensors"
+    return train(*quick_recipe(), out=out, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "l1", "min_snr_gamma": 5.0},
+        {"loss": "huber", "offset_noise": 0.1},
+        {"lr_schedule": "cosine", "ema_half_life": 8.0},
+        {"accumulate": 2},
+        {"precision": "bf16"},
+        {"diffusion": GaussianDiffusion(variance_type="learned_range")},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_choice_changes_the_run_and_resumes_bit_for_bit(
+    tmp_path: Path, plain: Path, options: dict[str, object]
+) -> None:
+    whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
+    parts, recipe = tmp_path / "parts.safetensors", quick_recipe(**options)
+    recipe.dataset.before[5 * recipe.config.accumulate] = lambda: os.kill(
+        os.getpid(), signal.SIGINT
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(*recipe, out=parts, progress=False)
+    train(*quick_recipe(**options), out=parts, resume=True, progress=False)
+    assert parts.read_bytes() == whole.read_bytes()
+    ours, theirs = checkpoint.read(whole), checkpoint.read(plain)
+    assert any(not torch.equal(ours.ema[name], theirs.ema[name]) for name in ours.ema)
+
+
+def test_an_old_checkpoint_is_resumed_with_the_defaults(tmp_path: Path) -> None:
+    """A checkpoint that tells nothing of newer options, as those before them do not."""
+    path = train(*quick_recipe(num_steps=3), out=tmp_path / "a.safetensors", progress=False)
+    old = set(checkpoint.read(path).training)
+    assert old.isdisjoint({"loss", "lr_schedule", "precision", "accumulate", "ema_half_life"})
+    train(*quick_recipe(), out=path, resume=True, progress=False)
+    assert checkpoint.read(path).step == QUICK.num_steps
+
+
+def test_options_are_read_back_from_their_description() -> None:
+    config = replace(QUICK, loss="l1", accumulate=3, ema_half_life=100.0)
+    assert TrainConfig.from_description(config.description()) == config
+
+
+def test_a_cosine_run_keeps_its_length(tmp_path: Path) -> None:
+    options = {"lr_schedule": "cosine", "num_steps": 2}
+    path = train(*quick_recipe(**options), out=tmp_path / "a.safetensors", progress=False)
+    with pytest.raises(ValueError, match="its num_steps is 2, this run's is 3"):
+        train(*quick_recipe(**(options | {"num_steps": 3})), out=path, resume=True)
+
+
+def test_the_learning_rate() -> None:
+    """Linear warm-up to 1; then half a cosine that would be 0 in the step behind the last."""
+    constant = TrainConfig(num_steps=10, learning_rate=1.0, warmup_steps=4)
+    cosine = replace(constant, lr_schedule="cosine")
+    warm_up = [0.25, 0.5, 0.75, 1]
+    assert [learning_rate(step, constant) for step in range(10)] == warm_up + 6 * [1]
+    found = [learning_rate(step, cosine) for step in range(10)]
+    assert found[:5] == [*warm_up, 1]
+    assert found[4:] == pytest.approx([(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)])
+    assert learning_rate(3, replace(cosine, warmup_steps=20)) == 0.2
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_half_life_is_counted_in_pictures(batch_size: int) -> None:
+    config = replace(QUICK, batch_size=batch_size, ema_half_life=640.0)
+    assert decay_ceiling(config) ** (640 / batch_size) == pytest.approx(0.5)
+    assert decay_ceiling(QUICK) == QUICK.ema_decay
+
+
+@pytest.mark.parametrize("parts", [(1, 3), (2, 1), (2, 2), (4, 1)], ids=str)
+def test_a_batch_is_the_same_however_it_is_divided(parts: tuple[int, int]) -> None:
+    size, accumulate = parts
+    config = replace(QUICK, batch_size=5)
+
+    def batch(world: World, accumulate: int) -> list[Part]:
+        pictures = Pictures(augmented=False)
+        divided = replace(config, accumulate=accumulate)
+        return list(Batches(pictures, divided, 1000, 2, torch.device("cpu"), world).parts(step=3))
+
+    (whole,) = batch(World(), 1)
+    divided = [batch(World(rank, size), accumulate) for rank in range(size)]
+    assert all(
+        [part.is_last for part in own] == [False] * (accumulate - 1) + [True] for own in divided
+    )
+    for name in ("images", "t", "position", "labels"):
+        together = torch.cat([getattr(part, name) for own in divided for part in own])
+        assert torch.equal(together, getattr(whole, name)), name
+    assert len({part.dropout_seed for own in divided for part in own}) == size * accumulate
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5])
+@pytest.mark.parametrize("loss", [{}, {"diffusion": GaussianDiffusion(variance_type="learned")}])
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    accumulate: int, loss: dict[str, object]
+) -> None:
+    gradients = []
+    for divided in (1, accumulate):
+        model, *rest, config = quick_recipe(
+            deterministic=True, batch_size=5, accumulate=divided, grad_clip=1e9, **loss
+        )
+        run = Run(model, *rest, config, torch.device("cpu"), World())
+        run.advance()
+        gradients.append([weight.grad for weight in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_must_have_a_picture_for_each_part(tmp_path: Path) -> None:
+    sentence = "batch_size must be at least 5, a picture for each of 5 parts on each of 1 processes"
+    with pytest.raises(ValueError, match=f"^{sentence}; got 4$"):
+        train(*quick_recipe(accumulate=5), out=tmp_path / "a.safetensors")
+
+
+def test_a_learned_variance_is_trained_and_drawn_with(tmp_path: Path) -> None:
+    recipe = quick_recipe(diffusion=GaussianDiffusion(variance_type="learned_range"), num_steps=30)
+    path = train(*recipe, out=tmp_path / "a.safetensors", progress=False)
+    model, diffusion = checkpoint.load(path)
+    images = sample(model, (2, 1, 4, 4), diffusion=diffusion, num_steps=10, seed=0)
+    assert diffusion.variance_type == "learned_range" and images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "device", "wanted"),
+    [
+        (1, "cuda", "cuda:1"),
+        (1, "cuda:1", "cuda:1"),
+        (1, "cpu", "cpu"),
+        (2, "cuda", "process 2 of this machine has no GPU of its own among 2"),
+        (1, "cuda:0", "processes cannot share cuda:0; ask for cuda, and each has its own"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, device: str, wanted: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        found = str(World(local_rank, 4).device(torch.device(device)))
+    except ValueError as error:
+        found = str(error)
+    assert found == wanted
+    assert World().device(torch.device(device)) == torch.device(device)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from ..processes import OtherProcessError, sentence, speaks
+from ..training import PeerFailure
 from . import bench, eval, info, sample, train
 from .config import ConfigurableParser, add_config
 from .options import PROG
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             _say(str(interrupt) or "interrupted")
             return EXIT_INTERRUPTED
+        except PeerFailure:
+            return EXIT_BAD_INPUT  # one sentence is enough
         except (FloatingPointError, ImportError, OSError, OtherProcessError, ValueError) as error:
             _say(f"error: {sentence(error)}")
             return EXIT_BAD_INPUT

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
-from ..training import Recipe, digits_recipe, folder_recipe, train
+from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
+from ..losses import LOSSES
+from ..schedules import BETA_SCHEDULES
+from ..training import Recipe, World, digits_recipe, folder_recipe, process_group, train
+from ..training.config import LR_SCHEDULES, PRECISIONS
 from .options import PROG, add_device, check_writable, count, device_named
 
 SUMMARY = "train a model on the digits or on your pictures"
@@ -14,7 +19,11 @@ examples:
   ddpm-fast train digits --out digits.safetensors
   ddpm-fast train photos/ --image-size 64 --classes-from-folders --out photos.safetensors
   ddpm-fast train samples.npz --label-column arr_1 --no-flip --out samples.safetensors
-  ddpm-fast train digits --out digits.safetensors --resume"""
+  ddpm-fast train digits --out digits.safetensors --resume
+  ddpm-fast train digits --out digits.safetensors --log-dir logs --sample-every 500
+
+on all GPUs of a machine:
+  torchrun --nproc-per-node gpu -m ddpm_fast train photos/ --out photos.safetensors"""
 
 # Each option of training.TrainConfig: its flag, its meaning, and the recipes' values.
 TRAIN_OPTIONS = {
@@ -27,6 +36,19 @@ TRAIN_OPTIONS = {
     "label_dropout": ("--label-dropout", "share of labels hidden, for guidance", 0.1, 0.1),
     "seed": ("--seed", "seed of everything random", 0, 0),
     "checkpoint_every": ("--checkpoint-every", "steps between two checkpoints", 500, 5_000),
+    "lr_schedule": ("--lr-schedule", "after warm-up", "constant", "constant"),
+    "ema_half_life": ("--ema-half-life", "pictures, instead of --ema-decay", None, None),
+    "loss": ("--loss", "of each pixel", "mse", "mse"),
+    "min_snr_gamma": ("--min-snr-gamma", "weigh timesteps by min-SNR, often 5", None, None),
+    "offset_noise": ("--offset-noise", "noise shared by a channel, often 0.1", 0.0, 0.0),
+    "accumulate": ("--accumulate", "parts of a batch, one after the other", 1, 1),
+    "precision": ("--precision", "of the network", "fp32", "fp32"),
+}
+CHOICES = {"lr_schedule": LR_SCHEDULES, "loss": tuple(LOSSES), "precision": PRECISIONS}
+DIFFUSION_OPTIONS = {
+    "beta_schedule": (BETA_SCHEDULES, "how fast pictures are noised (default: linear)"),
+    "prediction_type": (PREDICTION_TYPES, "what the network predicts (default: epsilon)"),
+    "variance_type": (VARIANCE_TYPES, "of the reverse steps (default: fixed, by their number)"),
 }
 FOLDER_IMAGE_SIZE = 32
 FOLDER_OPTIONS = (
@@ -58,10 +80,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         recipe.add_argument(
             flag,
             dest=name,
-            type=type(digits),
-            metavar="N" if isinstance(digits, int) else "X",
-            help=f"{meaning} (default: {default})",
+            help=f"{meaning} (default: {'off' if digits is None else default})",
+            **_values(name, digits),
         )
+
+    diffusion = parser.add_argument_group("diffusion")
+    for name, (choices, meaning) in DIFFUSION_OPTIONS.items():
+        diffusion.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=meaning)
+
+    logs = parser.add_argument_group("logs")
+    logs.add_argument("--log-dir", metavar="DIR", help="curves for TensorBoard (default: none)")
+    logs.add_argument(
+        "--sample-every",
+        type=count,
+        metavar="N",
+        help="steps between two grids of samples in DIR (default: none)",
+    )
 
     folders = parser.add_argument_group("for pictures of your own")
     folders.add_argument(
@@ -103,29 +137,56 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _values(name: str, default: object) -> dict[str, Any]:
+    """What an option of the recipe may be, as ``add_argument`` is told."""
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
+    if isinstance(default, int):
+        return {"type": int, "metavar": "N"}
+    return {"type": float, "metavar": "X"}
+
+
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Do what the command line asks for, as one of torchrun's processes or alone."""
+    with process_group() as world:
+        _train(args, world)
+
+
+def _train(args: argparse.Namespace, world: World) -> None:
     check_writable(args.out)
 
-    device = device_named(args.device)
+    device = world.device(device_named(args.device))
     recipe = _recipe(args)
     started = time.perf_counter()
-    train(*recipe, out=args.out, resume=args.resume, device=device)
+    train(
+        *recipe,
+        out=args.out,
+        resume=args.resume,
+        device=device,
+        log_dir=args.log_dir,
+        sample_every=args.sample_every,
+        world=world,
+    )
     seconds = time.perf_counter() - started
-    print(f"{args.out}: trained to step {recipe.config.num_steps} on {device} in {seconds:.0f} s")
-    print(f"draw samples with: {PROG} sample --checkpoint {args.out}")
+    if world.leads:
+        where = f"{device}" if world.size == 1 else f"{world.size} processes of {device.type}"
+        print(
+            f"{args.out}: trained to step {recipe.config.num_steps} on {where} in {seconds:.0f} s"
+        )
+        print(f"draw samples with: {PROG} sample --checkpoint {args.out}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """What the data asks for, with the changes that the options make."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     options = {name: given[name] for name in TRAIN_OPTIONS if name in given}
+    diffusion = {name: given[name] for name in DIFFUSION_OPTIONS if name in given}
     if args.data == "digits":
         for name in FOLDER_OPTIONS:
             if name in given:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for other data; the digits have their own recipe")
-        return digits_recipe(**options)
+        return digits_recipe(diffusion_options=diffusion, **options)
     network = {"in_channels": args.channels, "model_channels": args.model_channels}
     return folder_recipe(
         args.data,
@@ -135,5 +196,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         image_column=args.image_column,
         label_column=args.label_column,
         model_options={name: value for name, value in network.items() if value is not None},
+        diffusion_options=diffusion,
         **options,
     )

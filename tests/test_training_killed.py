@@ -1,0 +1,118 @@
+"""Training whose processes are killed: SIGKILL gives no warning, and nothing but the last step."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import checkpoint
+from ddpm_fast.training import train
+from small_training import Child, children, exit_codes, quick_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def killed_until_done(out: Path, chance: random.Random, **options: object) -> int:
+    """Train in processes that are killed in or after one of their steps; how many were killed."""
+    kills = 0
+    child = Child(out, **options)
+    while child.goes_on(batches=chance.randint(1, 7)):
+        time.sleep(chance.uniform(0, 0.1))
+        child.kill()
+        kills += 1
+        child = Child(out, **options)
+    assert exit_codes(child) == [0]
+    return kills
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_steps"), [(0, 12), *(pytest.param(s, 60, marks=pytest.mark.slow) for s in (1, 2))]
+)
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(
+    tmp_path: Path, seed: int, num_steps: int
+) -> None:
+    options = {"num_steps": num_steps, "checkpoint_every": 3, "lr_schedule": "cosine"}
+    whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
+    killed = tmp_path / "killed.safetensors"
+    assert killed_until_done(killed, random.Random(seed), **options) >= num_steps // 6
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def same_weights(found: Path, wanted: Path) -> None:
+    ours, theirs = checkpoint.read(found), checkpoint.read(wanted)
+    assert ours.step == theirs.step
+    for name, weight in theirs.model.items():
+        torch.testing.assert_close(ours.model[name], weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.ema[name], theirs.ema[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_go_on_as_one_would(tmp_path: Path) -> None:
+    """They show the same pictures with the same noise, so only the sums are rounded otherwise."""
+    options = {"deterministic": True, "num_steps": 20, "batch_size": 5}
+    whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
+    out = tmp_path / "two.safetensors"
+    first, second = children(2, out, **options)
+    first.release()
+    assert second.goes_on(batches=9)
+    second.kill()
+    assert exit_codes(first) != [0]
+    assert checkpoint.read(out).step == 5
+    assert exit_codes(*children(2, out, **options)) == [0, 0]
+    same_weights(out, whole)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change(tmp_path: Path) -> None:
+    options = {"deterministic": True, "num_steps": 10}
+    whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
+    out = tmp_path / "two.safetensors"
+    assert exit_codes(*children(2, out, **(options | {"num_steps": 5}))) == [0, 0]
+    train(*quick_recipe(**options), out=out, resume=True, progress=False)
+    same_weights(out, whole)
+
+
+def torchrun(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``ddpm-fast train`` in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launch, "-m", "ddpm_fast", "train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_trains_resumes_and_ends_with_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / "pictures" / f"{i}.png")
+    small = "--device cpu --image-size 8 --channels 1 --model-channels 8 --batch-size 4"
+    arguments = ("pictures", "--out", "m.safetensors", *small.split())
+
+    done = torchrun(*arguments, "--steps", 2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if "trained to step 2" in line]
+    assert len(told) == 1 and "on 2 processes of cpu in" in told[0]
+
+    again = torchrun(*arguments, "--steps", 3, folder=tmp_path)  # both find the file
+    sentence = "ddpm-fast: error: m.safetensors: exists already; resume it, or choose another path"
+    assert again.returncode != 0 and again.stderr.count(sentence) == 1
+    assert again.stderr.count("ddpm-fast: ") == 1
+
+    (tmp_path / "pictures" / "3.png").write_text("no picture")  # one of the two will find it
+    broken = torchrun(*arguments, "--steps", 9, "--resume", folder=tmp_path)
+    sentence = "ddpm-fast: error: pictures/3.png: cannot be read as a picture"
+    assert broken.returncode != 0 and broken.stderr.count(sentence) == 1
+    assert broken.stderr.count("ddpm-fast: ") == 1
+    assert checkpoint.read(tmp_path / "m.safetensors").step == 2
