@@ -20,7 +20,7 @@ from .plots import draw
 from .rows import Results, Row, load
 
 ROOT = Path(__file__).parent.parent
-QUALITY_BY_STEPS = "quality-by-steps.json"
+QUALITY_BY_STEPS, NEWCOMER = "quality-by-steps.json", "newcomer.json"
 CONTENDERS = {
     "textbook": "eager PyTorch, as textbooks write it",
     "in_place": "eager PyTorch, in place",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results_of_speed() -> list[Path]:
     """All that are committed."""
     committed = (ROOT / "benchmarks" / "results").glob("*.json")
-    return sorted(path for path in committed if path.name != QUALITY_BY_STEPS)
+    return sorted(path for path in committed if path.name not in (QUALITY_BY_STEPS, NEWCOMER))
 
 
 def replace_between_markers(page: Path, name: str, text: str) -> None:
