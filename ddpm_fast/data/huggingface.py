@@ -51,14 +51,14 @@ class HuggingFaceDataset(Pictures):
         label_column: str | None = None,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        table, self.name = _opened(source)
+        table, self._source = _opened(source)
         if not len(table):
-            raise ValueError(f"{self.name}: holds no pictures")
-        self.image_column = _image_column(table, image_column, self.name)
+            raise ValueError(f"{self._source}: holds no pictures")
+        self.image_column = _image_column(table, image_column, self._source)
         self._images = table.select_columns(self.image_column).with_format(None)
         if label_column is not None:
-            labels = _column_of_labels(table, label_column, self.name)
-            self.labels = integer_labels(labels, len(self), f"{self.name}: {label_column}")
+            labels = _column_of_labels(table, label_column, self._source)
+            self.labels = integer_labels(labels, len(self), f"{self._source}: {label_column}")
             names = getattr(table.features[label_column], "num_classes", None)
             self.num_classes = names or int(self.labels.max()) + 1
 
@@ -73,7 +73,7 @@ class HuggingFaceDataset(Pictures):
         return picture
 
     def _name(self, index: int) -> str:
-        return f"{self.name}: row {index} of {self.image_column}"
+        return f"{self._source}: row {index} of {self.image_column}"
 
 
 def is_saved_dataset(path: str | os.PathLike[str]) -> bool:
