@@ -36,15 +36,15 @@ from .report import NEWCOMER, ROOT, replace_between_markers
 
 IMAGE_SIZE = 16
 CLASSES = 10
-ROWS = 8
+ROWS = 10
 TRAIN = (
     f"ddpm-fast train pictures --image-size {IMAGE_SIZE} --classes-from-folders --no-flip"
-    " --model-channels 32 --batch-size 32 --lr 1e-3 --warmup-steps 100 --steps 1500"
+    " --model-channels 32 --batch-size 32 --lr 1e-3 --warmup-steps 100 --steps 1000"
     " --checkpoint-every 250 --out pictures.safetensors"
 )
 SAMPLE = (
     f"ddpm-fast sample --checkpoint pictures.safetensors --num {CLASSES * ROWS}"
-    " --sampler dpmpp_2m --steps 50 --out samples.png"
+    " --batch 100 --steps 100 --out samples.png"
 )
 
 
