@@ -162,6 +162,14 @@ CLAIMS = [
         1.15,
     ),
     Claim(
+        "training of the digits, time over the best of plain PyTorch's and lucidrains'",
+        "cpu",
+        {"op": "train", "contender": any_of("plain", "plain_fused", "lucidrains")},
+        native_over,
+        1.0,
+        at_most=True,
+    ),
+    Claim(
         "reverse step, float32, 256 MiB up, share of the copy bandwidth",
         "cuda",
         NOISE | {"contender": "native", "elements": between(HUGE, END)},

@@ -657,6 +657,25 @@ def test_train_resumes_and_does_not_overwrite(
     assert checkpoint.read("m.safetensors").step == 2
 
 
+@pytest.mark.parametrize("kind", ["npz", "datasets"])
+def test_train_on_other_pictures(
+    kind: str, current_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures, labels = np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 2, 1]
+    if kind == "npz":
+        np.savez("data.npz", pictures, kind=labels)
+    else:
+        hf = pytest.importorskip("datasets")
+        columns = {"p": [Image.fromarray(picture) for picture in pictures], "kind": labels}
+        hf.Dataset.from_dict(columns).save_to_disk("data")
+    path = "data.npz" if kind == "npz" else "data"
+    column = "arr_0" if kind == "npz" else "p"
+    options = [*SMALL.split(), "--steps", 1, "--no-flip", "--out", "m.safetensors"]
+    columns = ["--image-column", column, "--label-column", "kind"]
+    assert run("train", path, *options, *columns) == 0
+    assert checkpoint.read("m.safetensors").model_config["num_classes"] == 3
+
+
 def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     assert run("train", "digits", "--steps", 1, "--batch-size", 2, "--out", "d.safetensors") == 0
@@ -694,6 +713,8 @@ def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFix
         ),
         ("digits --lr 0", "TrainConfig: learning_rate must be above 0; got 0.0"),
         ("no", "no: not a folder of pictures"),
+        ("no.npz", "no.npz: No such file or directory"),
+        ("digits --no-flip", "--no-flip is for other data; the digits have their own recipe"),
     ],
 )
 def test_bad_training_input(

@@ -7,6 +7,8 @@ another file shows it already, docs/faq.md says which test does; it is the index
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +19,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import GaussianModel, laid_out, randn, reverse_step_case
-from ddpm_fast import GaussianDiffusion, Sampler, load, ops, sample, sample_progressive
+from ddpm_fast import (
+    GaussianDiffusion,
+    Sampler,
+    checkpoint,
+    load,
+    ops,
+    sample,
+    sample_progressive,
+)
+from ddpm_fast.data import TensorDataset
 from ddpm_fast.editing import initial_noise
 from ddpm_fast.image_io import save_grid
 from ddpm_fast.integrations.schedulers import FusedDDIMScheduler, FusedDDPMScheduler
 from ddpm_fast.models import LightweightUNet
 from ddpm_fast.solvers import SAMPLERS, ddpm, step_table
+from ddpm_fast.training import TrainConfig, train
+
+ROOT = Path(__file__).parent.parent
 
 SHAPE = (3, 2, 5, 7)
 DIFFUSION = GaussianDiffusion.from_schedule("linear", 20, beta_end=0.3)
@@ -362,3 +377,58 @@ def test_4000_timesteps_need_not_be_4000_steps_improved_diffusion_34_65(sampler:
     assert len(calls) == 100 and calls == sorted(calls, reverse=True)
     assert float(x.mean()) == pytest.approx(0.3, abs=0.01)
     assert float(x.std()) == pytest.approx(0.2, abs=0.02)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_averaging_leaves_the_schedule_alone_lucidrains_136(tmp_path: Path) -> None:
+    """There the average took in the diffusion's buffers, and DDIM drew black pictures."""
+    pictures = TensorDataset(randn((8, 2, 4, 4), 0).clamp(-1, 1))
+    config = TrainConfig(num_steps=3, batch_size=4)
+    network = LightweightUNet(2, 4, 2)
+    path = tmp_path / "m.safetensors"
+    train(network, DIFFUSION, pictures, config, out=path, progress=False)
+    assert checkpoint.read(path).ema.keys() == dict(network.named_parameters()).keys()
+    averaged, diffusion = load(path)
+    assert torch.equal(diffusion.betas, DIFFUSION.betas)
+    drawn = draw(averaged, (2, 2, 4, 4), diffusion=diffusion, sampler="ddim")
+    assert drawn.isfinite().all() and drawn.std() > 0.1
+
+
+# --- installation -------------------------------------------------------------------------------
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Others(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in ("mpi4py", "accelerate", "datasets", "diffusers", "sklearn", "matplotlib"):
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Others
+from ddpm_fast.cli import main
+options = "--image-size 4 --model-channels 8 --batch-size 2 --steps 1 --out m.safetensors"
+assert main(["train", "pictures", *options.split()]) == 0
+assert main(["sample", "--checkpoint", "m.safetensors", "--num", "1", "--steps", "2"]) == 0
+"""
+
+
+def test_the_required_packages_are_enough_improved_diffusion_5_24_125(tmp_path: Path) -> None:
+    """To train and to sample, without MPI and without anything of the extras."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "pictures" / "red.png")
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_ninja_comes_with_the_build_xlstm_12() -> None:
+    """And is not asked for later: the package never compiles when it is imported or used."""
+    assert 'requires = ["setuptools>=64", "ninja"]' in (ROOT / "pyproject.toml").read_text()
+    sources = [path.read_text() for path in (ROOT / "ddpm_fast").rglob("*.py")]
+    assert sources and not any("cpp_extension" in source for source in sources)

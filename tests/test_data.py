@@ -1,16 +1,30 @@
-"""The digits and the folder of pictures."""
+"""The digits, folders of pictures, npz files, and Hugging Face's data sets."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.data import ImageFolder, TensorDataset, digits
+from ddpm_fast.data import (
+    HuggingFaceDataset,
+    ImageFolder,
+    NpzDataset,
+    TensorDataset,
+    digits,
+    open_dataset,
+)
+from ddpm_fast.image_io import save_npz
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -171,3 +185,247 @@ def test_folder_errors(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 8, channels=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_size must be at least 1; got 0"):
         ImageFolder(tmp_path, 0)
+
+
+# --- npz files ------------------------------------------------------------------------------------
+
+
+def pixels(count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8, 1), (8, 8)])
+def test_npz_of_the_right_size_comes_unchanged(
+    tmp_path: Path, shape: tuple[int, ...], save: Callable[..., None]
+) -> None:
+    held = pixels(5, *shape)
+    save(tmp_path / "a.npz", held)
+    channels = 3 if shape[2:] == (3,) else 1
+    dataset = NpzDataset(tmp_path / "a.npz", 8, channels=channels, flip=False)
+    images, labels = dataset.batch(torch.tensor([3, 0, 3]), generator())
+    wanted = held[[3, 0, 3]].reshape(3, 8, 8, channels).transpose(0, 3, 1, 2) / 127.5 - 1
+    np.testing.assert_allclose(images.numpy(), wanted, atol=1e-6)
+    assert (len(dataset), dataset.num_classes, labels) == (5, None, None)
+
+
+def test_npz_is_what_the_samples_are_written_to(tmp_path: Path) -> None:
+    images = torch.rand(4, 3, 8, 8) * 2 - 1
+    save_npz(images, tmp_path / "a.npz", labels=[2, 0, 1, 2])
+    dataset = NpzDataset(tmp_path / "a.npz", 8, flip=False, label_column="arr_1")
+    read, labels = dataset.batch(torch.arange(4), generator())
+    torch.testing.assert_close(read, images, rtol=0, atol=1 / 255)
+    assert labels is not None and (labels.tolist(), labels.dtype) == ([2, 0, 1, 2], torch.int64)
+    assert dataset.num_classes == 3
+
+
+def test_npz_of_named_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mnist.npz", x_train=pixels(3, 28, 28), y_train=np.uint8([7, 0, 9]))
+    columns = {"image_column": "x_train", "label_column": "y_train"}
+    dataset = NpzDataset(tmp_path / "mnist.npz", 14, **columns)
+    images, labels = dataset.batch(torch.tensor([2]), generator())
+    assert images.shape == (1, 3, 14, 14) and torch.equal(images[:, 0], images[:, 2])
+    assert labels is not None and labels.tolist() == [9] and dataset.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"a": pixels(2, 8, 8), "b": pixels(1, 8, 8)}, "holds no array arr_0 (it holds a, b)"),
+        (
+            {"arr_0": np.zeros((2, 8, 8, 3), np.float32)},
+            "arr_0 must be pictures, uint8 [N, H, W, C] with C = 1 or 3, or [N, H, W]; "
+            "got float32 [2, 8, 8, 3]",
+        ),
+        ({"arr_0": pixels(2, 8, 8, 4)}, "got uint8 [2, 8, 8, 4]"),
+        ({"arr_0": pixels(2, 8)}, "got uint8 [2, 8]"),
+        ({"arr_0": pixels(0, 8, 8, 3)}, "got uint8 [0, 8, 8, 3]"),
+        (
+            {"arr_0": pixels(2, 8, 8), "arr_1": np.arange(3)},
+            "arr_1 must be integers, one for each of the 2 pictures; got int64 [3]",
+        ),
+        ({"arr_0": pixels(2, 8, 8), "arr_1": np.array([0.0, 1.0])}, "got float64 [2]"),
+        (
+            {"arr_0": pixels(2, 8, 8), "arr_1": np.array([0, -1])},
+            "arr_1 must be classes from 0 on; got -1",
+        ),
+    ],
+)
+def test_npz_errors(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    label_column = "arr_1" if "arr_1" in arrays else None
+    with pytest.raises(ValueError) as caught:
+        NpzDataset(tmp_path / "a.npz", 8, label_column=label_column)
+    assert str(caught.value).startswith(f"{tmp_path / 'a.npz'}: ")
+    assert str(caught.value).endswith(sentence)
+
+
+def test_npz_that_is_not_whole(tmp_path: Path) -> None:
+    """Wherever it was cut off, and with bytes changed in the middle."""
+    path = tmp_path / "a.npz"
+    with pytest.raises(FileNotFoundError):
+        NpzDataset(path, 8)
+    np.savez(path, pixels(9, 8, 8, 3))
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for content in (b"", b"no archive", *(whole[:-cut] for cut in (1, 30, 200)), bytes(damaged)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path}: "):
+            NpzDataset(path, 8)
+
+
+class Explosive:
+    """Unpickling it leaves a trace."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, ("exploded", "w")
+
+
+def test_npz_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", np.array([Explosive()], dtype=object))
+    with pytest.raises(ValueError, match=r"^a.npz: Object arrays cannot be loaded"):
+        NpzDataset("a.npz", 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+# --- Hugging Face's datasets ----------------------------------------------------------------------
+
+
+def table(count: int = 6, size: int = 8) -> datasets.Dataset:
+    """Pictures with two columns of labels, of which one has names."""
+    hf = pytest.importorskip("datasets")
+    kinds = {"picture": hf.Image(), "kind": hf.ClassLabel(names=["cat", "dog", "owl"])}
+    columns = {
+        "picture": [Image.fromarray(colour(i, size, size)) for i in range(count)],
+        "kind": [i % 2 for i in range(count)],
+        "number": list(range(count)),
+    }
+    return hf.Dataset.from_dict(columns, hf.Features(**kinds, number=hf.Value("int32")))
+
+
+def test_column_of_pictures_comes_unchanged() -> None:
+    dataset = HuggingFaceDataset(table(), 8, flip=False)
+    images, labels = dataset.batch(torch.tensor([4, 1]), generator())
+    wanted = np.stack([colour(4), colour(1)]).transpose(0, 3, 1, 2) / 127.5 - 1
+    np.testing.assert_allclose(images.numpy(), wanted, atol=1e-6)
+    assert (len(dataset), dataset.num_classes, labels) == (6, None, None)
+
+
+@pytest.mark.parametrize(("column", "classes"), [("kind", 3), ("number", 6)])
+def test_columns_of_labels(column: str, classes: int) -> None:
+    """Named classes count also where none is of them; integers up to the largest."""
+    dataset = HuggingFaceDataset(table(), 8, label_column=column)
+    _, labels = dataset.batch(torch.tensor([5, 0]), generator())
+    assert labels is not None and labels.dtype == torch.int64
+    assert labels.tolist() == ([1, 0] if column == "kind" else [5, 0])
+    assert dataset.num_classes == classes
+
+
+def test_rows_chosen_and_formats_of_the_caller() -> None:
+    chosen = table().select([5, 2]).with_format("torch")
+    dataset = HuggingFaceDataset(chosen, 8, flip=False, label_column="number")
+    images, labels = dataset.batch(torch.tensor([1]), generator())
+    wanted = torch.tensor(colour(2)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(images[0], wanted)
+    assert labels is not None and labels.tolist() == [2]
+    assert chosen.format["type"] == "torch"
+
+
+def test_batches_are_the_same_from_any_thread() -> None:
+    dataset = HuggingFaceDataset(table(), 4)
+    jobs = [(torch.randint(6, (9,), generator=generator(i)), i) for i in range(8)]
+
+    def batch(job: tuple[torch.Tensor, int]) -> torch.Tensor:
+        return dataset.batch(job[0], generator(job[1]))[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(batch, jobs), map(batch, jobs)))
+
+
+def test_saved_dataset(tmp_path: Path) -> None:
+    pytest.importorskip("datasets").DatasetDict(train=table()).save_to_disk(tmp_path)
+    part = tmp_path / "train"
+    indices = torch.arange(6)
+    read = HuggingFaceDataset(part, 8, flip=False).batch(indices, generator())[0]
+    held = HuggingFaceDataset(table(), 8, flip=False).batch(indices, generator())[0]
+    assert torch.equal(read, held)
+    with pytest.raises(ValueError) as caught:
+        HuggingFaceDataset(tmp_path, 8)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds the splits train; name the folder of one of them, such as {part}"
+    )
+    next(part.glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(ValueError, match=f"^{part}: cannot be read as a data set "):
+        HuggingFaceDataset(part, 8)
+
+
+def test_column_errors(tmp_path: Path) -> None:
+    held = table()
+    for columns, sentence in (
+        ({"image_column": "x"}, "has no column x (its columns: picture, kind, number)"),
+        ({"label_column": "y"}, "has no column y (its columns: picture, kind, number)"),
+        (
+            {"image_column": "kind"},
+            "the column kind does not hold pictures (those that do: picture)",
+        ),
+        (
+            {"label_column": "picture"},
+            "the column picture does not hold integers or class labels",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            HuggingFaceDataset(held, 8, **columns)
+        assert str(caught.value) == f"the data set: {sentence}"
+    hole = pytest.importorskip("datasets").Dataset.from_dict(
+        {"picture": held["picture"][:2], "kind": [1, None]}
+    )
+    with pytest.raises(ValueError, match="kind must be integers, one for each of the 2 pictures"):
+        HuggingFaceDataset(hole, 8, label_column="kind")
+    with pytest.raises(ValueError, match=r"name the column of pictures \(those .* some: none\)"):
+        HuggingFaceDataset(held.select_columns("kind"), 8)
+    with pytest.raises(ValueError, match="the data set: holds no pictures"):
+        HuggingFaceDataset(held.select([]), 8)
+    with pytest.raises(TypeError, match=r"a datasets.Dataset or a folder; got IterableDataset"):
+        HuggingFaceDataset(held.to_iterable_dataset(), 8)
+    with pytest.raises(FileNotFoundError, match="not a folder that save_to_disk of datasets wrote"):
+        HuggingFaceDataset(tmp_path, 8)
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_unreadable_row_is_named(content: bytes | None) -> None:
+    hf = pytest.importorskip("datasets")
+    picture = None if content is None else {"bytes": content, "path": None}
+    held = hf.Dataset.from_dict({"p": [picture]}, hf.Features(p=hf.Image()))
+    with pytest.raises(ValueError, match=r"^the data set: row 0 of p: cannot be read as a picture"):
+        HuggingFaceDataset(held, 8).batch(torch.tensor([0]), generator())
+
+
+def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").touch()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ddpm-fast\[datasets\]'"):
+        HuggingFaceDataset(tmp_path, 8)
+
+
+# --- whichever of them ----------------------------------------------------------------------------
+
+
+def test_open_dataset_knows_them_apart(tmp_path: Path) -> None:
+    save_picture(tmp_path / "folder" / "a" / "1.png", colour(0))
+    np.savez(tmp_path / "a.npz", pixels(2, 8, 8), [0, 1])
+    folder = open_dataset(tmp_path / "folder", 4, class_labels=True, channels=1, flip=False)
+    assert isinstance(folder, ImageFolder) and (folder.num_classes, folder.channels) == (1, 1)
+    npz = open_dataset(tmp_path / "a.npz", 4, label_column="arr_1", flip=False)
+    assert isinstance(npz, NpzDataset) and (npz.num_classes, npz.flip) == (2, False)
+    with pytest.raises(ValueError, match=r"folder: has no columns, which are of npz files and of"):
+        open_dataset(tmp_path / "folder", 4, label_column="kind")
+    with pytest.raises(ValueError, match=r"a.npz: not a folder of image files, whose subfolders"):
+        open_dataset(tmp_path / "a.npz", 4, class_labels=True)
+
+
+def test_open_dataset_of_datasets(tmp_path: Path) -> None:
+    table().save_to_disk(tmp_path)
+    dataset = open_dataset(tmp_path, 4, label_column="kind", image_column="picture")
+    assert isinstance(dataset, HuggingFaceDataset) and dataset.num_classes == 3

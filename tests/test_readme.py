@@ -51,11 +51,11 @@ def test_every_complaint_has_an_answer_and_a_test() -> None:
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "](http" in line]
     assert len(rows) > 30
     for complaint, answer, test in rows:
-        assert "/issues/" in complaint or "/pull/" in complaint
+        assert re.search("/(issues|pull|discussions)/", complaint)
         assert answer and ("`test_" in test or "Does not apply" in test), complaint
 
 
 def test_complaints_of_the_answers_are_in_the_table() -> None:
     answers, table = (ROOT / "docs" / "faq.md").read_text().split("## Every complaint")
-    threads = re.findall(r"https://github.com/[^)]+/(?:issues|pull)/\d+", answers)
+    threads = re.findall(r"https://[^)]+/(?:issues|pull|discussions)/\d+", answers)
     assert threads and not [thread for thread in threads if thread not in table]

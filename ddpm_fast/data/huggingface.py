@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy.typing as npt
 from PIL import Image
 
 from .pictures import Pictures, integer_labels
@@ -50,15 +51,14 @@ class HuggingFaceDataset(Pictures):
         label_column: str | None = None,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        table, self.name = _opened(source)
+        table, self._source = _opened(source)
         if not len(table):
-            raise ValueError(f"{self.name}: holds no pictures")
-        self.image_column = _image_column(table, image_column, self.name)
+            raise ValueError(f"{self._source}: holds no pictures")
+        self.image_column = _image_column(table, image_column, self._source)
         self._images = table.select_columns(self.image_column).with_format(None)
         if label_column is not None:
-            _check_present(table, label_column, self.name)
-            labels = table.select_columns(label_column).with_format("numpy")[:][label_column]
-            self.labels = integer_labels(labels, len(self), f"{self.name}: {label_column}")
+            labels = _column_of_labels(table, label_column, self._source)
+            self.labels = integer_labels(labels, len(self), f"{self._source}: {label_column}")
             names = getattr(table.features[label_column], "num_classes", None)
             self.num_classes = names or int(self.labels.max()) + 1
 
@@ -73,7 +73,7 @@ class HuggingFaceDataset(Pictures):
         return picture
 
     def _name(self, index: int) -> str:
-        return f"{self.name}: row {index} of {self.image_column}"
+        return f"{self._source}: row {index} of {self.image_column}"
 
 
 def is_saved_dataset(path: str | os.PathLike[str]) -> bool:
@@ -129,6 +129,15 @@ def _image_column(table: datasets.Dataset, asked: str | None, name: str) -> str:
     if len(found) != 1:
         raise ValueError(f"{name}: name the column of pictures (those that hold some: {listed})")
     return found[0]
+
+
+def _column_of_labels(table: datasets.Dataset, column: str, name: str) -> npt.NDArray[Any]:
+    _check_present(table, column, name)
+    kind = getattr(table.features[column], "dtype", "")
+    if not kind.lstrip("u").startswith("int"):
+        raise ValueError(f"{name}: the column {column} does not hold integers or class labels")
+    labels: npt.NDArray[Any] = table.select_columns(column).with_format("numpy")[:][column]
+    return labels
 
 
 def _check_present(table: datasets.Dataset, column: str, name: str) -> None:
