@@ -28,11 +28,15 @@ INTERNAL = {
     "checks",
     "conditioning",
     "evaluating",
+    "gaussians",
     "graphs",
     "guidance",
     "integrations",
     "integrations.weights",
+    "intermediates",
     "network",
+    "options",
+    "processes",
     "reference",
 }
 PROGRAMS = ("cli", "bench")
