@@ -107,7 +107,7 @@ def frechet_distance(
 def gaussian_frechet_distance(
     mean1: Features, cov1: Features, mean2: Features, cov2: Features
 ) -> float:
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), Dowson & Landau 1982.
+    """``|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))``, Dowson & Landau 1982.
 
     Means are ``[D]``, covariances ``[D, D]`` of any rank.
 
