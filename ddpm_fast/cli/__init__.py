@@ -66,7 +66,7 @@ class _Parser(ConfigurableParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Draw samples from diffusion models, and train them.")
+    parser = _Parser(prog=PROG, description="Draw samples from diffusion models, train and measure them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = commands.add_parser(

@@ -20,7 +20,7 @@ from .pictures import DIGITS, HELP, METAVAR, add_size, batch_of, batches_of, ope
 SUMMARY = "the Fréchet distance between two sets of pictures, on features that you name"
 EXAMPLES = """\
   ddpm-fast eval frechet samples.npz digits
-  ddpm-fast eval frechet samples/ cats/ --image-size 64 --features my_features:inception"""
+  ddpm-fast eval frechet samples/ cats/ --image-size 64 --features my_features:network"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
