@@ -85,7 +85,7 @@ def processes() -> Iterator[Processes]:
     """
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
-    elif dist.is_available() and launched():
+    elif dist.is_available() and launched() and os.environ["WORLD_SIZE"] != "1":
         with _torchrun_group() as group:
             yield group
     else:

@@ -527,7 +527,7 @@ def test_shards_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_under_torchrun_a_run_is_of_shards(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of --batch samples each, where nothing else is said; its group does not outlive it."""
+    """Of --batch samples each, where nothing else is said; one process leaves no group behind."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
