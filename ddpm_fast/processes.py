@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # A process waits for the others for as long as they work. That one of them died it learns at once,
 # by the connection, and not by the clock.
@@ -20,31 +20,7 @@ _PATIENCE = timedelta(days=7)
 
 
 class OtherProcessError(RuntimeError):
-    """Ends a process because another one failed, and says which and why."""
-
-
-def launched() -> bool:
-    """Whether torchrun, or a launcher that sets what torchrun sets, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def speaks(*, of_machine: bool = False) -> bool:
-    """Whether this process tells what concerns all of them, or all of its machine."""
-    return os.environ.get("LOCAL_RANK" if of_machine else "RANK", "0") == "0"
-
-
-def local_device() -> torch.device:
-    """The device of this process: its own GPU of this machine, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def sentence(error: BaseException) -> str:
-    """An error in one line; one of the system begins with the file that it is about."""
-    if isinstance(error, OSError) and error.strerror:  # raised by the system, not by this package
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    """Ends a process because another one failed, which raises the error that tells why."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +35,13 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank; each must call this.
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that writes what they have in common, and shows progress."""
+        return self.rank == 0
+
+    def gather(self, value: _T) -> list[_T]:
+        """The ``value`` of every process, by rank; each must call this.
 
         Raises:
             OtherProcessError: one of them has ended.
@@ -78,6 +59,9 @@ class Processes:
         """A block that all processes leave together, with an error if one of them had one.
 
         The one that failed raises its own error, the others that of the first that failed.
+
+        Raises:
+            OtherProcessError: another process has failed; it gives its rank and its error.
         """
         failure = None
         try:
@@ -96,15 +80,86 @@ class Processes:
 def processes() -> Iterator[Processes]:
     """All processes: those of the default group, which is made of torchrun's where there is none.
 
+    An error that leaves the block ends all processes of torchrun's: the first that fails raises its
+    own, the others, whatever befalls them, an :class:`OtherProcessError`. So one tells why.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    elif dist.is_available() and launched() and os.environ["WORLD_SIZE"] != "1":
+        with _torchrun_group() as group:
+            yield group
+    else:
+        yield Processes()
+
+
+@contextmanager
+def _torchrun_group() -> Iterator[Processes]:
+    """A group that lasts as long as the block; after a failure, as long as the process.
+
     PyTorch's choice of backends is left to it: gloo, and beside it nccl where there are GPUs.
     """
-    if not dist.is_available() or not (dist.is_initialized() or launched()):
-        yield Processes()
-    elif dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    else:
-        dist.init_process_group(timeout=_PATIENCE)
-        try:
-            yield Processes(dist.get_rank(), dist.get_world_size())
-        finally:
-            dist.destroy_process_group()
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://"))
+    dist.init_process_group(
+        store=PrefixStore("group", store), rank=rank, world_size=count, timeout=_PATIENCE
+    )
+    try:
+        yield Processes(rank, count)
+    except OtherProcessError:
+        raise
+    except BaseException as error:
+        if _is_first_failure(store):
+            raise
+        raise OtherProcessError("another process has failed") from error
+    dist.destroy_process_group()
+
+
+def _is_first_failure(store: Any) -> bool:
+    try:
+        return bool(store.add("failures", 1) == 1)
+    except RuntimeError:  # the process that holds the store has failed and gone
+        return False
+
+
+def launched() -> bool:
+    """Whether torchrun, or a launcher that sets what torchrun sets, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def first_of_machine() -> bool:
+    """Whether this process is the one that tells what concerns its whole machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def local_device(device: torch.device | str | None = None) -> torch.device:
+    """The device of this process, and of no other on its machine if it is a GPU.
+
+    Where a launcher started several processes, each has the GPU of its ``LOCAL_RANK``, which
+    becomes the current one.
+
+    Args:
+        device: what was asked for; by default ``cuda`` if there is a GPU, else ``cpu``.
+
+    Raises:
+        ValueError: it is another process's, or there are fewer GPUs than processes.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    local, count = os.environ.get("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type != "cuda" or local is None or count == 1:
+        return device
+    own, found = torch.device("cuda", int(local)), torch.cuda.device_count()
+    if int(local) >= found:
+        raise ValueError(f"process {local} of this machine has no GPU of its own among {found}")
+    if device.index is not None and device != own:
+        raise ValueError(f"processes cannot share {device}; ask for cuda, and each has its own")
+    torch.cuda.set_device(own)
+    return own
+
+
+def sentence(error: BaseException) -> str:
+    """An ``error`` in one line; one of the system begins with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror:  # raised by the system, not by this package
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

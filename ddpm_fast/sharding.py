@@ -103,7 +103,7 @@ def sample_sharded(
             missing = _prepare(folder, group)
             _draw(samples, folder, missing, group, progress)
             with group.together():
-                if group.rank == 0:
+                if group.leads:
                     folder.merge()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -121,7 +121,7 @@ def _prepare(folder: ShardFolder, group: Processes) -> list[range]:
         if different is not None:
             name, ours, theirs = different
             raise ValueError(f"its {name} is {ours}, that of process 0 is {theirs}")
-        if group.rank == 0:
+        if group.leads:
             folder.prepare()
             missing = folder.missing()
     return group.gather(missing)[0]
@@ -133,7 +133,7 @@ def _draw(
     """Draw what is missing, in turns of a shard for each process."""
     total = folder.run.num
     done = total - sum(map(len, missing))
-    silent = not progress or group.rank != 0
+    silent = not progress or not group.leads
     with tqdm(total=total, initial=done, unit="sample", disable=silent) as bar:
         for turn in turns(missing, group.count):
             with group.together():

@@ -116,12 +116,17 @@ def exit_codes(*children: Child) -> list[int | None]:
     return [child.process.exitcode for child in children]
 
 
-def children(count: int, out: Path, **options: Any) -> list[Child]:
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    return [Child(out, world | {"RANK": f"{rank}"}, **options) for rank in range(count)]
+    return [world | {"RANK": f"{rank}"} for rank in range(count)]
+
+
+def children(count: int, out: Path, **options: Any) -> list[Child]:
+    return [Child(out, environment, **options) for environment in environments(count)]
 
 
 class _Told(Pictures):

@@ -18,6 +18,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import small_training
 from ddpm_fast import GaussianDiffusion, atomic, cli, load, ops, processes, sample, shards
 from ddpm_fast.image_io import save_npz, to_uint8
 from ddpm_fast.sharding import sample_sharded, turns
@@ -525,7 +527,7 @@ def test_shards_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_under_torchrun_a_run_is_of_shards(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of --batch samples each, where nothing else is said; its group does not outlive it."""
+    """Of --batch samples each, where nothing else is said; one process leaves no group behind."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -555,18 +557,6 @@ def test_mistakes_are_a_sentence_and_write_nothing(
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith(f"ddpm-fast: error: {sentence}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.usefixtures("pixelwise")
-def test_the_first_process_alone_speaks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert run("sample", "--out", "a.jpg") == 2
-    with pytest.raises(SystemExit) as end:
-        run("sample", "--num", 0)
-    assert end.value.code == 2
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.usefixtures("pixelwise")
@@ -686,6 +676,35 @@ def test_processes_share_a_run_and_its_errors(tmp_path: Path, finished: dict[str
     for ours, theirs in zip(first[1:4], second[1:4], strict=True):
         assert ours == theirs.replace("ValueError: ", "OtherProcessError: process 1: ")
     assert first[5:] == ["OtherProcessError: another process has ended"] and second[5:] == []
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("train digits --out a --bogus", "unrecognized arguments: --bogus"),
+        slow("train digits --out a --lr 0", "TrainConfig: learning_rate must be above 0; got 0.0"),
+        slow("sample --num 0", "argument --num/--num-samples: must be at least 1; got 0"),
+        slow("sample --out a/b.png", "--out a/b.png: shards are written into a folder"),
+    ],
+)
+def test_one_process_alone_tells_a_mistake(command: str, sentence: str, tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", *command.split()],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in small_training.environments(2)
+    ]
+    told = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    (line,) = lines_of("".join(told))
+    assert line.startswith(f"ddpm-fast: error: {sentence}")
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -15,9 +15,9 @@ from torch import Tensor
 from ddpm_fast import GaussianDiffusion, checkpoint, models, sample
 from ddpm_fast.data import TensorDataset
 from ddpm_fast.models import LightweightUNet, UNet
+from ddpm_fast.processes import Processes, local_device
 from ddpm_fast.training import (
     TrainConfig,
-    World,
     digits_recipe,
     ema_decay,
     folder_recipe,
@@ -365,13 +365,13 @@ def test_a_batch_is_the_same_however_it_is_divided(parts: tuple[int, int]) -> No
     size, accumulate = parts
     config = replace(QUICK, batch_size=5)
 
-    def batch(world: World, accumulate: int) -> list[Part]:
+    def batch(group: Processes, accumulate: int) -> list[Part]:
         pictures = Pictures(augmented=False)
         divided = replace(config, accumulate=accumulate)
-        return list(Batches(pictures, divided, 1000, 2, torch.device("cpu"), world).parts(step=3))
+        return list(Batches(pictures, divided, 1000, 2, torch.device("cpu"), group).parts(step=3))
 
-    (whole,) = batch(World(), 1)
-    divided = [batch(World(rank, size), accumulate) for rank in range(size)]
+    (whole,) = batch(Processes(), 1)
+    divided = [batch(Processes(rank, size), accumulate) for rank in range(size)]
     assert all(
         [part.is_last for part in own] == [False] * (accumulate - 1) + [True] for own in divided
     )
@@ -391,7 +391,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         model, *rest, config = quick_recipe(
             deterministic=True, batch_size=5, accumulate=divided, grad_clip=1e9, **loss
         )
-        run = Run(model, *rest, config, torch.device("cpu"), World())
+        run = Run(model, *rest, config, torch.device("cpu"), Processes())
         run.advance()
         gradients.append([weight.grad for weight in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -424,12 +424,13 @@ def test_a_learned_variance_is_trained_and_drawn_with(tmp_path: Path) -> None:
 def test_each_process_has_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, local_rank: int, device: str, wanted: str
 ) -> None:
+    assert local_device(device) == torch.device(device)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     try:
-        found = str(World(local_rank, 4).device(torch.device(device)))
+        found = str(local_device(device))
     except ValueError as error:
         found = str(error)
     assert found == wanted
-    assert World().device(torch.device(device)) == torch.device(device)

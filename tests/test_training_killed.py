@@ -80,6 +80,36 @@ def test_the_number_of_processes_may_change(tmp_path: Path) -> None:
     same_weights(out, whole)
 
 
+SCRIPT = """
+import sys, torch
+import torch.distributed as dist
+from ddpm_fast.training import train
+from small_training import quick_recipe
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+train(*quick_recipe(deterministic=True), out=f"{folder}/two.safetensors", progress=False)
+assert dist.is_initialized()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_group_that_is_there_is_joined(tmp_path: Path) -> None:
+    whole = train(*quick_recipe(deterministic=True), out=tmp_path / "whole.safetensors")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    same_weights(tmp_path / "two.safetensors", whole)
+
+
 def torchrun(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """``ddpm-fast train`` in two processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

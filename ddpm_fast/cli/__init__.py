@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from ..processes import OtherProcessError, sentence, speaks
-from ..training import PeerFailure
+from ..processes import OtherProcessError, first_of_machine, processes, sentence
 from . import bench, eval, info, sample, train
 from .config import ConfigurableParser, add_config
 from .options import PROG
@@ -25,25 +24,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success; 2 a mistaken option or bad input, told in one sentence on stderr; 130 an
     interruption by Ctrl-C. An option that cannot be parsed raises SystemExit(2), as argparse does.
     """
-    args = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            args.run(args)
+            with processes():  # of which the first that fails tells why
+                args = _parser().parse_args(argv)
+                args.run(args)
+        except OtherProcessError:
+            return EXIT_BAD_INPUT
+        except _Mistake as mistake:
+            _say(f"error: {mistake}")
+            raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt as interrupt:
             _say(str(interrupt) or "interrupted")
             return EXIT_INTERRUPTED
-        except PeerFailure:
-            return EXIT_BAD_INPUT  # one sentence is enough
-        except (FloatingPointError, ImportError, OSError, OtherProcessError, ValueError) as error:
+        except (FloatingPointError, ImportError, OSError, ValueError) as error:
             _say(f"error: {sentence(error)}")
             return EXIT_BAD_INPUT
     return 0
 
 
-def _say(message: str, *, of_machine: bool = False) -> None:
-    if speaks(of_machine=of_machine):
-        print(f"{PROG}: {message}", file=sys.stderr)
+def _say(message: str) -> None:
+    print(f"{PROG}: {message}", file=sys.stderr)
 
 
 def _show_warning(
@@ -54,15 +56,19 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    _say(f"warning: {message}", of_machine=True)
+    if first_of_machine():
+        _say(f"warning: {message}")
+
+
+class _Mistake(Exception):
+    """An option that cannot be parsed."""
 
 
 class _Parser(ConfigurableParser):
     """Reports a mistake in the form of all other errors, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        _say(f"error: {message} (see {self.prog} --help)")
-        self.exit(EXIT_BAD_INPUT)
+        raise _Mistake(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:

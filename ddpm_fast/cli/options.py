@@ -11,6 +11,7 @@ import torch
 
 from ..image_io.animation import ANIMATIONS
 from ..ops import serves_natively
+from ..processes import local_device
 
 PROG = "ddpm-fast"
 
@@ -73,15 +74,15 @@ def uses_native(device: torch.device, backend: str) -> bool:
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of that name, found to work; without a name the GPU if there is one.
+    """This process's device of that name, found to work; without one a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or it is another process's.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
-        device = torch.device(name)
+        device = local_device(name)
         torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None

@@ -21,7 +21,7 @@ from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
 from ..network import PRECISIONS
 from ..ops import BACKENDS
-from ..processes import launched, local_device, processes
+from ..processes import launched, processes
 from ..sampler import sample
 from ..schedules import TIMESTEP_SPACINGS
 from ..sharding import sample_sharded
@@ -245,7 +245,7 @@ def _run_sharded(args: argparse.Namespace) -> None:
     with processes() as group:
         with group.together():
             folder = _shard_folder(args)
-            device = device_named(args.device or str(local_device()))
+            device = device_named(args.device)
             native = uses_native(device, args.backend)
             model, diffusion = load(args.checkpoint, device=device)
             labels = _labels(model, args)
@@ -271,7 +271,7 @@ def _run_sharded(args: argparse.Namespace) -> None:
             progress=sys.stderr.isatty(),
         )
         seconds = time.perf_counter() - started
-    if group.rank == 0:
+    if group.leads:
         backend = "native" if native else "reference"
         print(f"{merged}: {args.num} samples of {args.checkpoint}, seed {args.seed}")
         print(f"{group.count} x {device.type}, {backend} backend: {seconds:.1f} s")

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from ..losses import LOSSES
+from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
-from ..training import Recipe, World, digits_recipe, folder_recipe, process_group, train
+from ..training import Recipe, digits_recipe, folder_recipe, train
 from ..training.config import LR_SCHEDULES, PRECISIONS
 from .options import PROG, add_device, check_writable, count, device_named
 
@@ -148,14 +149,14 @@ def _values(name: str, default: object) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for, as one of torchrun's processes or alone."""
-    with process_group() as world:
-        _train(args, world)
+    with processes() as group:
+        _train(args, group)
 
 
-def _train(args: argparse.Namespace, world: World) -> None:
+def _train(args: argparse.Namespace, group: Processes) -> None:
     check_writable(args.out)
 
-    device = world.device(device_named(args.device))
+    device = device_named(args.device)
     recipe = _recipe(args)
     started = time.perf_counter()
     train(
@@ -165,11 +166,10 @@ def _train(args: argparse.Namespace, world: World) -> None:
         device=device,
         log_dir=args.log_dir,
         sample_every=args.sample_every,
-        world=world,
     )
     seconds = time.perf_counter() - started
-    if world.leads:
-        where = f"{device}" if world.size == 1 else f"{world.size} processes of {device.type}"
+    if group.leads:
+        where = f"{device}" if group.count == 1 else f"{group.count} processes of {device.type}"
         print(
             f"{args.out}: trained to step {recipe.config.num_steps} on {where} in {seconds:.0f} s"
         )

@@ -14,18 +14,14 @@ dropout are drawn for each part.
 from .averaging import ema_decay
 from .config import TrainConfig
 from .loop import train
-from .processes import PeerFailure, World, process_group
 from .recipes import Recipe, digits_recipe, folder_recipe, seeded_unet
 
 __all__ = [
-    "PeerFailure",
     "Recipe",
     "TrainConfig",
-    "World",
     "digits_recipe",
     "ema_decay",
     "folder_recipe",
-    "process_group",
     "seeded_unet",
     "train",
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
+from ..processes import Processes
 from .config import TrainConfig
-from .processes import World
 from .seeds import derived_seed
 
 
@@ -48,13 +48,13 @@ class Batches:
         num_timesteps: int,
         num_classes: int | None,
         device: torch.device,
-        world: World,
+        group: Processes,
     ) -> None:
-        count, size = world.size * config.accumulate, config.batch_size
+        count, size = group.count * config.accumulate, config.batch_size
         if size < count:
             raise ValueError(
                 f"batch_size must be at least {count}, a picture for each of {config.accumulate}"
-                f" parts on each of {world.size} processes; got {size}"
+                f" parts on each of {group.count} processes; got {size}"
             )
         self.dataset = dataset
         self.config = config
@@ -63,7 +63,7 @@ class Batches:
         self.device = device
         bounds = [size * i // count for i in range(count + 1)]
         parts = list(zip(bounds[:-1], bounds[1:], strict=True))
-        self._ours = parts[world.rank * config.accumulate : (world.rank + 1) * config.accumulate]
+        self._ours = parts[group.rank * config.accumulate : (group.rank + 1) * config.accumulate]
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def parts(self, step: int) -> Iterator[Part]:

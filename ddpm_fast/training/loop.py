@@ -13,10 +13,10 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..data import Dataset
 from ..diffusion import GaussianDiffusion
+from ..processes import local_device, processes
 from .config import TrainConfig
 from .interruption import Interruption
 from .logs import Log, check_can_log, draw_samples
-from .processes import World, process_group
 from .run import Run
 
 _CHECK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
@@ -34,15 +34,15 @@ def train(
     progress: bool = True,
     log_dir: str | os.PathLike[str] | None = None,
     sample_every: int | None = None,
-    world: World | None = None,
 ) -> Path:
     """Train ``model`` in place and write checkpoints to ``out``.
 
     A checkpoint is written every ``config.checkpoint_every`` steps and at the end, whole or not at
     all. Ctrl-C finishes the step under way, writes one more and raises KeyboardInterrupt.
 
-    Under torchrun the processes divide each batch among them, and the first one writes. A failure
-    of one ends all. There Ctrl-C stops at once, and the last checkpoint is where to resume.
+    Under torchrun, or in a default group of ``torch.distributed``, the processes divide each batch
+    among them, and the first one writes. A failure of one ends all. There Ctrl-C stops at once, and
+    the last checkpoint is where to resume.
 
     Args:
         model: a :class:`UNet` or :class:`LightweightUNet`; left in training mode, with its trained
@@ -59,7 +59,6 @@ def train(
             second, every 50 steps.
         sample_every: steps between two grids of samples in ``log_dir``, always of the same seed,
             from the averaged weights: in TensorBoard, and as PNG files.
-        world: the processes, for those who called :func:`process_group` themselves.
 
     Returns:
         The path of the checkpoint.
@@ -72,26 +71,26 @@ def train(
         FloatingPointError: loss or gradient became NaN or infinite; ``out`` keeps its last
             checkpoint from before.
         KeyboardInterrupt: Ctrl-C; the run can be resumed.
-        PeerFailure: another process failed, and raises one of the above.
+        OtherProcessError: under torchrun, another process failed, and raises one of the above.
     """
     out = Path(out)
     check_can_log(model, log_dir, sample_every)
-    with process_group() if world is None else nullcontext(world) as world:
+    with processes() as group:
         where = next(model.parameters()).device if device is None else torch.device(device)
-        run = Run(model, diffusion, dataset, config, world.device(where), world)
+        run = Run(model, diffusion, dataset, config, local_device(where), group)
         if resume:
             run.restore(out)
         elif out.exists():
             raise FileExistsError(f"{out}: exists already; resume it, or choose another path")
         elif not out.parent.is_dir():
             raise FileNotFoundError(f"{out}: its folder does not exist")
-        steps = world.gathered(run.step)  # also, nobody writes before all have looked
+        steps = group.gather(run.step)  # also, nobody writes before all have looked
         if len(set(steps)) > 1:
             raise ValueError(f"{out}: the processes have read different files, of steps {steps}")
-        log = Log(log_dir, run.step) if log_dir is not None and world.leads else None
+        log = Log(log_dir, run.step) if log_dir is not None and group.leads else None
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-            _loop(run, out, progress and world.leads, log, sample_every)
-        world.gathered(run.step)  # the file is there when any process returns
+            _loop(run, out, progress and group.leads, log, sample_every)
+        group.gather(run.step)  # the file is there when any process returns
     return out
 
 
@@ -105,7 +104,7 @@ def _loop(run: Run, out: Path, progress: bool, log: Log | None, sample_every: in
         disable=None if progress else True,
     )
     seen = run.step
-    with bar, log or nullcontext(), Interruption(handles=run.world.size == 1) as interruption:
+    with bar, log or nullcontext(), Interruption(handles=run.group.count == 1) as interruption:
         while run.step < config.num_steps:
             run.advance()
             bar.update()

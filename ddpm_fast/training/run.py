@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..data import Dataset
 from ..diffusion import GaussianDiffusion
+from ..processes import Processes
 from .averaging import AveragedWeights
 from .batches import Batches, Part
 from .config import TrainConfig
 from .learning_rate import learning_rate
-from .processes import World
+from .parallel import averaging, mean, parallel
 from .seeds import seed_default_generators
 
 # The fastest that rounds as the plain loop over the weights does, which made the bundled model;
@@ -36,7 +37,7 @@ class Run:
     """The state of a training run, and one step of it.
 
     Attributes:
-        model, diffusion, config, device, world: as given.
+        model, diffusion, config, device, group: as given.
         ema: the averaged weights.
         step: how many are done.
         image_shape: (C, H, W) of the pictures, once a step is done.
@@ -49,7 +50,7 @@ class Run:
         dataset: Dataset,
         config: TrainConfig,
         device: torch.device,
-        world: World,
+        group: Processes,
     ) -> None:
         checkpoint.architecture_of(model)
         self.num_classes = _checked_classes(model, dataset, config)
@@ -57,14 +58,14 @@ class Run:
         self.diffusion = diffusion
         self.config = config
         self.device = device
-        self.world = world
+        self.group = group
         self.step = 0
         self.image_shape: tuple[int, ...] = ()
         self._dataset_size = len(dataset)
         self._batches = Batches(
-            dataset, config, diffusion.num_timesteps, self.num_classes, device, world
+            dataset, config, diffusion.num_timesteps, self.num_classes, device, group
         )
-        self._parallel = world.parallel(model.to(device).train())
+        self._parallel = parallel(model.to(device).train(), group)
         self.ema = AveragedWeights(model, config)
         self._optimizer = torch.optim.Adam(
             model.parameters(), lr=config.learning_rate, **_ADAM_BY_DEVICE.get(device.type, {})
@@ -90,7 +91,7 @@ class Run:
             FloatingPointError: the run has diverged.
         """
         losses, norms = (torch.stack(column) for column in zip(*self._unchecked, strict=True))
-        recent = self.world.mean(torch.stack([losses, norms], dim=1)).cpu()
+        recent = mean(torch.stack([losses, norms], dim=1), self.group).cpu()
         finite = recent.isfinite().all(dim=1)
         if not finite.all():
             first = int(finite.int().argmin())
@@ -104,7 +105,7 @@ class Run:
 
     def save(self, out: Path) -> None:
         """Write a checkpoint, in the process that leads."""
-        if self.world.leads:
+        if self.group.leads:
             checkpoint.save(
                 out,
                 self.model,
@@ -146,7 +147,7 @@ class Run:
         """Add a part's gradient, and give its share in the loss of the batch."""
         self.image_shape = tuple(part.images.shape[1:])
         seed_default_generators(part.dropout_seed, self.device)
-        with self.world.averaging(self._parallel, part.is_last):
+        with averaging(self._parallel, part.is_last):
             losses = self.diffusion.training_losses(
                 self._predict,
                 part.images,
@@ -159,7 +160,7 @@ class Run:
                 offset_noise=self.config.offset_noise,
             )
             # The processes' gradients are averaged: together, a mean over the whole batch.
-            loss = losses.sum() / (self.config.batch_size / self.world.size)
+            loss = losses.sum() / (self.config.batch_size / self.group.count)
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
