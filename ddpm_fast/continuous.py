@@ -146,7 +146,7 @@ class ContinuousSampler:
         return request.ticket
 
     def cancel(self, ticket: int) -> bool:
-        """Gives a request up, before the next step; whether it was waiting or under way."""
+        """Gives the request of a ticket up, before the next step; whether it had been going on."""
         with self._lock:
             for request in (*self._waiting, *self._active):
                 if request.ticket == ticket and not request.cancelled:

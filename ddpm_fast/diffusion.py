@@ -359,7 +359,7 @@ class GaussianDiffusion:
         return torch.where(at_the_end, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
 
     def reverse_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """log sigma_t^2 from the channels ``v``, ``[N, C, ...]``, of a learned variance.
+        """log sigma_t^2 at ``t`` from the channels ``v``, ``[N, C, ...]``, of a learned variance.
 
         ``learned`` is v itself, ``learned_range`` with f = (v + 1) / 2 is f log(beta_t) +
         (1 - f) log of the posterior's variance (Nichol & Dhariwal 2021, eq. 15).

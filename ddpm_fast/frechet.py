@@ -27,6 +27,9 @@ class FeatureStatistics:
     Batches are put together by the formula of Chan, Golub and LeVeque (1983), which subtracts no
     large sums from each other; all is float64 on the CPU, whatever the features are.
 
+    Args:
+        dimensions: D, of the features.
+
     Attributes:
         count: how many samples came.
         mean: ``[D]``.
@@ -160,7 +163,7 @@ def features_of(extractor: Extractor, images: Tensor, *, batch_size: int = 64) -
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The simplest extractor: the pixels themselves, ``[N, C * H * W]``."""
+    """The simplest extractor: of images ``[N, C, H, W]`` the pixels themselves, ``[N, C * H * W]``."""
     return images.flatten(1)
 
 

@@ -216,7 +216,7 @@ class ShardFolder:
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """A network's class, its configuration where it has one, and a digest of its weights."""
+    """A model's class, its configuration where it has one, and a digest of its weights."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -236,7 +236,10 @@ def _readable(description: Mapping[str, Any]) -> str:
 
 
 def difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Where two JSON values differ first: ``("diffusion.beta_end", 0.02, 0.03)``, or None."""
+    """Where two JSON values, ours and theirs, differ first, or None.
+
+    As ``("diffusion.beta_end", 0.02, 0.03)``, behind the name of the two.
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = [*ours, *(key for key in theirs if key not in ours)]
         parts = [(f"{name}.{key}".strip("."), ours.get(key), theirs.get(key)) for key in keys]

@@ -128,7 +128,7 @@ def ddpm(
 
 
 def variance_type_of(diffusion: GaussianDiffusion, num_steps: int) -> str:
-    """The diffusion's variance_type, or what None stands for in a chain of so many steps."""
+    """The diffusion's variance_type, or what None stands for in a chain of ``num_steps``."""
     whole = num_steps == diffusion.num_timesteps
     return diffusion.variance_type or ("fixed_large" if whole else "fixed_small")
 

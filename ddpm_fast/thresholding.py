@@ -41,7 +41,7 @@ class Thresholding:
         return self.of(xstart)
 
     def of(self, xstart: Tensor) -> Tensor:
-        """s of each sample, ``[N]``, for a predicted x_start ``[N, C, ...]``."""
+        """s of each sample, ``[N]``, for ``xstart``, a prediction ``[N, C, ...]``."""
         sizes = xstart.flatten(1).abs()
         return quantile(sizes, self.ratio).clamp(min=1.0, max=self.max_value)
 

@@ -72,7 +72,8 @@ class _Parser(ConfigurableParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Draw samples from diffusion models, train and measure them.")
+    summary = "Draw samples from diffusion models, train and measure them."
+    parser = _Parser(prog=PROG, description=summary)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = commands.add_parser(

@@ -102,12 +102,12 @@ class TrainConfig:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> TrainConfig:
-        """The options that a checkpoint tells of; what it does not tell has its default."""
+        """The options that a checkpoint's description has; what it has not has its default."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: description[name] for name in names if name in description})
 
     def may_change_on_resume(self, name: str) -> bool:
-        """Whether a run with another value of this option is the same run, up to rounding."""
+        """Whether a run with another value of the option ``name`` is the same run."""
         if name == "num_steps":
             return self.lr_schedule == "constant"
         return name in ("checkpoint_every", "accumulate")
