@@ -163,7 +163,7 @@ def features_of(extractor: Extractor, images: Tensor, *, batch_size: int = 64) -
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The simplest extractor: of images ``[N, C, H, W]`` the pixels themselves, ``[N, C * H * W]``."""
+    """The simplest extractor: the pixels of images ``[N, C, H, W]``, as ``[N, C * H * W]``."""
     return images.flatten(1)
 
 

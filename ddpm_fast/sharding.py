@@ -144,7 +144,7 @@ def _draw(
 
 
 def turns(missing: Sequence[range], count: int) -> list[Sequence[range]]:
-    """The ``missing`` shards that ``count`` processes draw at the same time, one after the other."""
+    """The ``missing`` shards, as many at a time as ``count`` processes draw."""
     return [missing[i : i + count] for i in range(0, len(missing), count)]
 
 
