@@ -17,7 +17,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,27 @@ class ShardFolder:
         """Make the folder, or find out that it is of this run; remove what a killed one left.
 
         Raises:
-            ValueError: it holds samples of another run.
+            ValueError: it holds samples of another run, or such as nothing is known of, or a
+                run.json that is not as this version writes it.
             OSError: it cannot be written.
         """
+        about = self._folder / "run.json"
+        has_samples = self.merged.exists() or any(self._shards.glob("*.npz"))
+        if about.exists():
+            found = _read_description(about)
+            if has_samples:
+                self._check_is_of_this_run(found)
+        elif has_samples:
+            raise ValueError(
+                f"{self._folder}: holds samples, and no run.json that says of what run;"
+                " choose another folder"
+            )
         self._shards.mkdir(parents=True, exist_ok=True)
         for folder in (self._folder, self._shards):
             remove_leftovers(folder)
-        about = self._folder / "run.json"
-        if about.exists() and (self.merged.exists() or any(self._shards.glob("*.npz"))):
-            self._check_is_of_this_run(about)
-            return
-        with atomic_write(about) as file:
-            file.write(_readable(self.run.description()).encode())
+        if not has_samples:
+            with atomic_write(about) as file:
+                file.write(_readable(self.run.description()).encode())
 
     def missing(self) -> list[range]:
         """The shards that are not there; one that is not as it was written counts as such."""
@@ -201,11 +210,7 @@ class ShardFolder:
         digest.update(content)
         return digest.hexdigest().encode()
 
-    def _check_is_of_this_run(self, about: Path) -> None:
-        try:
-            found = dict(json.loads(about.read_bytes()))
-        except (TypeError, ValueError):
-            raise ValueError(f"{about}: damaged; choose another folder") from None
+    def _check_is_of_this_run(self, found: Mapping[str, Any]) -> None:
         different = difference(self.run.description(), found)
         if different is not None:
             name, ours, theirs = different
@@ -227,6 +232,19 @@ def described(model: nn.Module) -> dict[str, Any]:
         "config": config() if callable(config) else None,
         "weights": digest.hexdigest(),
     }
+
+
+def _read_description(path: Path) -> Mapping[str, Any]:
+    """What a run.json says, which is one only with a run's own keys."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.keys() != {field.name for field in fields(Run)}:
+        raise ValueError(
+            f"{path}: damaged, or not as this version writes it; choose another folder"
+        )
+    return found
 
 
 def _readable(description: Mapping[str, Any]) -> str:

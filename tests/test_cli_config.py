@@ -156,6 +156,16 @@ def test_a_flag_may_be_false(tmp_path: Path) -> None:
         ("config = 'b.toml'", "sample has no option config; known are "),
         ("[trian]\nlr = 1", "sample has no option trian; did you mean train?"),
         ("[sample.steps]\nn = 1", "steps: must be a value; got {'n': 1}"),
+        ("[sample.stps]\nn = 1", "sample has no option stps; did you mean steps or strip?"),
+        ("first_indx = 3", "sample has no option first_indx; did you mean first-index?"),
+        (
+            "num = 1\nnum-samples = 2",
+            "sample has one option for num and num-samples; give one of them",
+        ),
+        (
+            "[sample]\nnum-samples = 1\nnum_samples = 2",
+            "sample has one option for num-samples and num_samples; give one of them",
+        ),
         ("sampler = 'euler'", "sampler: invalid choice: 'euler' (choose from "),
         ("steps", "not TOML: "),
     ],
@@ -168,6 +178,40 @@ def test_mistakes_name_the_file_and_the_key(
     said = complaint("sample", "--config", str(path), capsys=capsys)
     assert said.startswith(f"{path}: {sentence}")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("table", "near"),
+    [
+        ("eval.bdp", "bdp; did you mean bpd?"),
+        ("eval.qqq", "qqq; known are bpd, frechet, npz"),
+        ("evl.bpd", "evl; did you mean eval?"),
+        ("eval.bpd.stps", "stps; did you mean steps?"),
+    ],
+)
+def test_a_table_is_like_those_of_its_command(
+    table: str, near: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f"[{table}]\nnum = 1")
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "bpd", "--config", str(path)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"ddpm-fast: error: {path}: eval bpd has no option {near}")
+
+
+def test_a_commands_own_table_comes_first_by_whatever_name(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    for outside, inside in (("num", "num-samples"), ("num_samples", "num")):
+        path.write_text(f"{outside} = 1\n[sample]\n{inside} = 2")
+        assert parse("sample", "--config", str(path)) == parse("sample", "--num", "2")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As Windows' editors write it."""
+    path = tmp_path / "run.toml"
+    path.write_text("num = 2", encoding="utf-8-sig")
+    assert parse("sample", "--config", str(path)) == parse("sample", "--num", "2")
 
 
 def test_a_flag_is_true_or_false(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +227,9 @@ def test_a_flag_is_true_or_false(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("- steps", "must hold options by their names"),
         ("3: 4", "must hold options by their names"),
         ("steps:", "steps: must be a value; got None"),
+        ("seed: 1\nseed: 2", "not YAML: the key seed is repeated in "),
+        ("sample: {seed: 1, seed: 2}", "not YAML: the key seed is repeated in "),
+        ("num: 1\nnum_samples: 2", "sample has one option for num and num_samples; give one of"),
         ("out: !!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),
     ],
 )

@@ -245,11 +245,8 @@ def test_a_foreign_shard_is_drawn_again(
     assert files(folder) == finished
 
 
-@pytest.mark.parametrize("name", ["samples.npz", "run.json"])
-def test_what_is_made_of_the_shards_is_made_again(
-    name: str, folder: Path, finished: dict[str, bytes]
-) -> None:
-    (folder / name).unlink()
+def test_what_is_made_of_the_shards_is_made_again(folder: Path, finished: dict[str, bytes]) -> None:
+    (folder / "samples.npz").unlink()
     draw(folder)
     assert files(folder) == finished
 
@@ -315,11 +312,35 @@ def test_a_folder_without_samples_is_any_runs(tmp_path: Path, finished: dict[str
     assert files(tmp_path) == finished
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"7", b"[1]"])
-def test_a_damaged_description_is_refused(content: bytes, folder: Path) -> None:
-    (folder / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run\.json: damaged; choose another folder"):
-        draw(folder)
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"[1]", b"\xff", b'{"lr": 1}'])
+@pytest.mark.parametrize("has_samples", [True, False])
+def test_a_description_that_is_damaged_or_foreign_is_refused(
+    has_samples: bool, content: bytes, tmp_path: Path, finished: dict[str, bytes]
+) -> None:
+    if has_samples:
+        put(tmp_path, finished)
+    (tmp_path / "run.json").write_bytes(content)
+    before = files(tmp_path)
+    with pytest.raises(ValueError) as error:
+        draw(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'run.json'}: damaged, or not as this version writes it; choose another folder"
+    )
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "shards/000040-000044.npz", "shards/mine.npz"])
+@pytest.mark.parametrize("num", [NUM, NUM - 1])
+def test_samples_that_nothing_describes_are_refused(num: int, name: str, tmp_path: Path) -> None:
+    """Someone's own, or of a run whose description is lost: none is drawn over."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError) as error:
+        draw(tmp_path, num=num, class_labels=3)
+    assert str(error.value) == (
+        f"{tmp_path}: holds samples, and no run.json that says of what run; choose another folder"
+    )
+    assert files(tmp_path) == {name: b"mine"}
 
 
 def test_foreign_networks_are_known_by_their_options(tmp_path: Path) -> None:
@@ -524,6 +545,14 @@ def test_shards_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("pixelwise")
+def test_the_precision_that_is_the_default_may_be_named() -> None:
+    for precision in ((), ("--precision", "fp32"), ()):
+        assert run("sample", *DRAWN, *precision, "--shard-size", 4, "--out", "run") == 0
+    other = ("--precision", "bf16")
+    assert run("sample", *DRAWN, *other, "--shard-size", 4, "--out", "run") == 2
+
+
+@pytest.mark.usefixtures("pixelwise")
 def test_under_torchrun_a_run_is_of_shards(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,6 +637,15 @@ def test_torchrun_takes_the_commands_that_are_shown(capsys: pytest.CaptureFixtur
         parsed = get_args_parser().parse_args(words)
         assert parsed.training_script == "ddpm_fast" and parsed.module
         cli._parser().parse_args(parsed.training_script_args)
+
+
+@pytest.mark.parametrize("command", ["sample", "eval bpd"])
+def test_torchrun_leaves_the_number_of_samples_alone(command: str) -> None:
+    from torch.distributed.run import get_args_parser
+
+    words = ["-m", "ddpm_fast", *command.split(), "--num-samples", "5"]
+    parsed = get_args_parser().parse_args(words)
+    assert cli._parser().parse_args(parsed.training_script_args).num == 5
 
 
 # --- many processes -----------------------------------------------------------------------------

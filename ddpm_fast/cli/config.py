@@ -87,20 +87,23 @@ def use_config(
 
     Raises:
         ValueError: The file is missing, or is neither TOML nor YAML; it has a key that the command
-            does not know, or a value that the option does not take. The message is one sentence
-            that begins with the file's name.
+            does not know, two keys for one option, or a value that the option does not take. The
+            message is one sentence that begins with the file's name.
         ImportError: The file is YAML, and PyYAML is not installed.
     """
     path = _config_path(argv)
     if path is None:
         return
     actions = _actions_by_key(parser)
-    for key, value in _values_for(command, tables, read(path)).items():
-        if key not in actions:
-            near = _names_like(key, tables if isinstance(value, dict) else actions)
-            raise ValueError(f"{path}: {' '.join(command)} has no option {key}; {near}")
+    given: dict[argparse.Action, tuple[str, object]] = {}
+    for values, inner in _tables_of(command, tables, read(path)):
         try:
-            _set_default(parser, actions[key], value)
+            given |= _by_action(values, actions, inner)
+        except ValueError as error:
+            raise ValueError(f"{path}: {' '.join(command)} {error}") from None
+    for action, (key, value) in given.items():
+        try:
+            _set_default(parser, action, value)
         except argparse.ArgumentError as error:
             raise ValueError(f"{path}: {key}: {error.message}") from None
 
@@ -116,7 +119,7 @@ def read(path: str) -> Values:
     if extension not in (".toml", ".yaml", ".yml"):
         raise ValueError(f"{path}: a file of options is .toml, .yaml or .yml")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -139,8 +142,21 @@ def _parse_yaml(text: str, path: str) -> object:
         import yaml
     except ImportError:
         raise ImportError(f"{path}: YAML needs PyYAML: pip install 'ddpm_fast[yaml]'") from None
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        """A safe loader to which a repeated key is a mistake, as YAML says it is."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key.value for key, _ in node.value]
+            for i, (key, _) in enumerate(node.value):
+                if key.value in keys[:i]:
+                    repeated = f"the key {key.value} is repeated"
+                    raise yaml.MarkedYAMLError(problem=repeated, problem_mark=key.start_mark)
+            return node
+
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
@@ -166,21 +182,43 @@ def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Actio
     return actions
 
 
-def _values_for(command: Sequence[str], tables: Tables, values: Values) -> Values:
-    """What stands outside of tables, and over it what stands in the command's own."""
-    merged = {
-        str(key).replace("_", "-"): value
+def _tables_of(
+    command: Sequence[str], tables: Tables, values: Values
+) -> Iterator[tuple[Values, Tables]]:
+    """What stands outside tables, then in the command's own, each with the tables it may hold."""
+    outside = {
+        str(key): value
         for key, value in values.items()
         if key not in tables or not isinstance(value, dict)
     }
+    yield outside, tables
     inside = values.get(command[0]) if command else None
     if isinstance(inside, dict):
-        merged |= _values_for(command[1:], tables[command[0]], inside)
-    return merged
+        yield from _tables_of(command[1:], tables[command[0]], inside)
+
+
+def _by_action(
+    values: Values, actions: Mapping[str, argparse.Action], tables: Tables
+) -> dict[argparse.Action, tuple[str, object]]:
+    """The keys and values of one table by the options that they set.
+
+    Raises:
+        ValueError: a key that is no option, or two that are the same.
+    """
+    found: dict[argparse.Action, tuple[str, object]] = {}
+    for key, value in values.items():
+        action = actions.get(key.replace("_", "-"))
+        if action is None:
+            known = tables if tables and isinstance(value, dict) else actions
+            raise ValueError(f"has no option {key}; {_names_like(key, known)}")
+        if action in found:
+            raise ValueError(f"has one option for {found[action][0]} and {key}; give one of them")
+        found[action] = key, value
+    return found
 
 
 def _names_like(key: str, known: Collection[str]) -> str:
-    near = get_close_matches(key, known)
+    near = get_close_matches(key.replace("_", "-"), known)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 

@@ -141,7 +141,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device(where)
     where.add_argument(
-        "--precision", choices=PRECISIONS, help="of the network's arithmetic (default: fp32)"
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the network's arithmetic (default: %(default)s)",
     )
     where.add_argument("--backend", choices=BACKENDS, default="auto", help="(default: %(default)s)")
 

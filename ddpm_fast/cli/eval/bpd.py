@@ -41,7 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"{pictures.HELP} (default: %(default)s)",
     )
     parser.add_argument(
-        "--num", type=count, metavar="N", help="so many of them, taken evenly (default: all)"
+        "--num",
+        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
+        type=count,
+        metavar="N",
+        help="so many of them, taken evenly (default: all)",
     )
     parser.add_argument(
         "--levels",
