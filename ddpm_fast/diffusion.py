@@ -104,6 +104,10 @@ class GaussianDiffusion:
         )
         self._xstart_from_xt, self._xstart_from_out = self.xstart_coefs(self.alphas_cumprod)
         self._log_betas = betas.log()
+        # beta_0 is far below its neighbour: the decoder's variance is the posterior's.
+        self._fixed_large_log_variance = torch.cat(
+            [self.posterior_log_variance_clipped[:1], self._log_betas[1:]]
+        )
         self._tables_on: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
@@ -312,11 +316,13 @@ class GaussianDiffusion:
             vlb_weight: lambda of the hybrid objective.
 
         Raises:
-            ValueError: an unknown loss; offset noise on top of given noise; or a model's output
-                that has neither the shape of ``x_start`` nor, where the variance is learned, twice
-                its channels.
+            ValueError: an unknown loss; offset noise on top of given noise; a learned variance
+                with epsilon and zero-terminal SNR; or a model's output that has neither the shape
+                of ``x_start`` nor, where the variance is learned, twice its channels.
         """
         _check_option("loss", loss, tuple(LOSSES))
+        if self.learns_variance:
+            self._check_xstart_follows()
         if offset_noise and noise is not None:
             raise ValueError("offset_noise is added to drawn noise, and noise was given")
         if offset_noise:
@@ -334,41 +340,75 @@ class GaussianDiffusion:
             losses = losses * min_snr_weight(snr, self.prediction_type, min_snr_gamma)
         if self.learns_variance:
             log_variance = self.reverse_log_variance(output[:, x_start.shape[1] :], t)
-            bits = self.vlb_terms(x_start, x_t, t, prediction.detach(), log_variance)
+            pred_xstart = self.predict_xstart(x_t, t, prediction.detach())
+            bits = self.vlb_terms(x_start, x_t, t, pred_xstart, log_variance)
             losses = losses + vlb_weight * self.num_timesteps * bits
         return losses
 
     def vlb_terms(
-        self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, log_variance: Tensor
+        self,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        pred_xstart: Tensor,
+        log_variance: Tensor,
+        levels: int = 256,
     ) -> Tensor:
         """The term L_t of the variational bound, ``[N]``, in bits per dimension.
 
         At t > 0 KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 minus the log-likelihood of
-        x_0 in pixels of 8 bits (Ho et al. 2020, eqs. 5 and 13). x_start is not clamped.
+        x_0 (Ho et al. 2020, eqs. 5 and 13).
 
         Args:
             x_start, x_t, t: ``[N, C, ...]``, likewise and int64 ``[N]``; x_t drawn from x_start.
-            prediction: what the model says of x_start, epsilon or v, like ``x_start``.
+            pred_xstart: the x_start that the model predicts, clamped or not, like ``x_start``; see
+                :meth:`predict_xstart`.
             log_variance: of p, broadcasting against it; see :meth:`reverse_log_variance`.
+            levels: the number of values a pixel can have, evenly spaced from -1 to 1: 256 for
+                pictures of 8 bits.
         """
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
-        mean, *_ = self.q_posterior(self.predict_xstart(x_t, t, prediction), x_t, t)
+        mean, *_ = self.q_posterior(pred_xstart, x_t, t)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
-        decoder = -discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
         at_the_end = (t == 0).reshape(-1, *[1] * (x_start.dim() - 1))
+        # Elsewhere the decoder gets what it has a gradient at: 0 times infinity would be NaN.
+        decoder = -discretized_gaussian_log_likelihood(
+            x_start,
+            torch.where(at_the_end, mean, x_start),
+            torch.where(at_the_end, 0.5 * log_variance, 0.0),
+            levels,
+        )
         return torch.where(at_the_end, decoder, kl).flatten(1).mean(dim=1) / math.log(2)
 
     def reverse_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """log sigma_t^2 at ``t`` from the channels ``v``, ``[N, C, ...]``, of a learned variance.
+        """log sigma_t^2 of p(x_{t-1} | x_t), broadcasting against ``v``.
 
         ``learned`` is v itself, ``learned_range`` with f = (v + 1) / 2 is f log(beta_t) +
-        (1 - f) log of the posterior's variance (Nichol & Dhariwal 2021, eq. 15).
+        (1 - f) log of the posterior's variance (Nichol & Dhariwal 2021, eq. 15). ``fixed_small`` is
+        the latter; ``fixed_large``, as None is, is log(beta_t), and at t = 0 the latter too.
+
+        Args:
+            v: ``[N, C, ...]``, the channels of a learned variance. A fixed one takes its device
+                and type alone, and may be given none of them.
+            t: int64 ``[N]``.
         """
         if self.variance_type == "learned":
             return v
+        if self.variance_type == "fixed_small":
+            return self._at("posterior_log_variance_clipped", t, v)
+        if not self.learns_variance:
+            return self._at("_fixed_large_log_variance", t, v)
         fraction = (v + 1) / 2
         low = self._at("posterior_log_variance_clipped", t, v)
         return fraction * self._at("_log_betas", t, v) + (1 - fraction) * low
+
+    def _check_xstart_follows(self) -> None:
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"training_losses: variance_type {self.variance_type} cannot be trained with "
+                "prediction_type epsilon and zero-terminal SNR, where no x_start follows at the "
+                "last timestep; predict sample or v_prediction"
+            )
 
     def _offset_noise(
         self,

@@ -20,6 +20,9 @@ from .evaluating import evaluating
 Features: TypeAlias = "Tensor | NDArray[np.floating[Any]]"
 Extractor = Callable[[Tensor], Tensor]
 
+# Their covariance takes 8 GiB in float64, its root some of that size and hours.
+_MOST_FEATURES = 2**15
+
 
 class FeatureStatistics:
     """Mean and covariance of features that come batch by batch.
@@ -28,14 +31,22 @@ class FeatureStatistics:
     large sums from each other; all is float64 on the CPU, whatever the features are.
 
     Args:
-        dimensions: D, of the features.
+        dimensions: D, at most 32768.
 
     Attributes:
         count: how many samples came.
         mean: ``[D]``.
+
+    Raises:
+        ValueError: too many dimensions.
     """
 
     def __init__(self, dimensions: int) -> None:
+        if dimensions > _MOST_FEATURES:
+            raise ValueError(
+                f"{dimensions} features are more than the {_MOST_FEATURES} whose covariance can be "
+                "worked with: take smaller pictures (--image-size) or another extractor"
+            )
         self.count = 0
         self.mean = torch.zeros(dimensions, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device="cpu")
@@ -45,7 +56,7 @@ class FeatureStatistics:
         """Of all batches together, ``[N, D]`` each, at least one.
 
         Raises:
-            ValueError: there is none, and as :meth:`update`.
+            ValueError: there is none, and as the class and :meth:`update`.
         """
         statistics: FeatureStatistics | None = None
         for features in batches:
@@ -98,7 +109,8 @@ def frechet_distance(
         first, second: ``[N, D]`` features, at least two samples of each, or statistics of them.
 
     Raises:
-        ValueError: another shape, numbers that are not finite, or too few samples.
+        ValueError: another shape, numbers that are not finite, too few samples, or too many
+            features.
     """
     a, b = (
         side if isinstance(side, FeatureStatistics) else FeatureStatistics.of([side])
@@ -115,7 +127,7 @@ def gaussian_frechet_distance(
     Means are ``[D]``, covariances ``[D, D]`` of any rank.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: other shapes, or numbers that are not finite.
     """
     mean1, cov1, mean2, cov2 = (
         torch.as_tensor(value, dtype=torch.float64, device="cpu")
@@ -125,11 +137,14 @@ def gaussian_frechet_distance(
     dimensions = mean1.numel()
     if shapes != [[dimensions], [dimensions, dimensions]] * 2:
         raise ValueError(f"means and covariances must be [D] and [D, D]; got {shapes}")
+    if not all(bool(value.isfinite().all()) for value in (mean1, cov1, mean2, cov2)):
+        raise ValueError("means and covariances must be finite")
     # tr (cov1 cov2)^(1/2) is the sum of the singular values of root1 root2, which unlike the
     # eigenvalues of a square have no root to be taken of, nor their rounding.
     cross = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
     apart = (mean1 - mean2).square().sum()
-    return float(apart + cov1.trace() + cov2.trace() - 2 * cross)
+    distance = apart + cov1.trace() + cov2.trace() - 2 * cross
+    return float(distance.clamp(min=0))  # rounding may lead below
 
 
 def _root(cov: Tensor) -> Tensor:

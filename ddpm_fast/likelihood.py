@@ -15,7 +15,7 @@ from .checks import Argument, check_output_shape
 from .conditioning import Labels, checked_labels
 from .diffusion import GaussianDiffusion
 from .evaluating import evaluating
-from .gaussians import discretized_gaussian_log_likelihood, normal_kl
+from .gaussians import normal_kl
 from .network import Model, Network, check_has_variance
 from .reference import over_batch
 from .sampler import checked_first_index
@@ -155,7 +155,8 @@ class _Bound:
         """L_T."""
         abar = self.chain.alphas_cumprod[-1].to(self.device)
         zero = torch.zeros_like(abar)
-        return _bits(normal_kl(abar.sqrt() * x_start.double(), (1 - abar).log(), zero, zero))
+        nats = normal_kl(abar.sqrt() * x_start.double(), (1 - abar).log(), zero, zero)
+        return nats.flatten(1).mean(dim=1) / math.log(2)
 
     def terms(
         self, x_start: Tensor, kwargs: Mapping[str, Any], seed: int, first: int
@@ -170,7 +171,7 @@ class _Bound:
             output = self.network(x_t.to(self.network.dtype), t, kwargs)
             self._check(output, x_t)
             step = torch.full_like(sample_index, len(self.timesteps) - 1 - k)
-            yield _bits(self._nats(x_start.double(), x_t.double(), step, output.double()))
+            yield self._term(x_start.double(), x_t.double(), step, output.double())
 
     def _check(self, output: Tensor, x_t: Tensor) -> None:
         of_output = Argument("bits_per_dim", "the model's output", output)
@@ -178,18 +179,12 @@ class _Bound:
         if self.table.reads_variance:
             check_has_variance(output, x_t.shape[1])
 
-    def _nats(self, x_start: Tensor, x_t: Tensor, step: Tensor, output: Tensor) -> Tensor:
-        """One term, elementwise; ``step`` counts the chain's steps from the cleanest."""
+    def _term(self, x_start: Tensor, x_t: Tensor, step: Tensor, output: Tensor) -> Tensor:
+        """One of them; ``step`` counts the chain's steps from the cleanest."""
         channels = x_t.shape[1]
         pred_xstart = self._clamped(self.chain.predict_xstart(x_t, step, output[:, :channels]))
-        mean, _, _ = self.chain.q_posterior(pred_xstart, x_t, step)
-        log_variance = self._log_variance(step, output[:, channels:])
-        if step[0] == 0:
-            return -discretized_gaussian_log_likelihood(
-                x_start, mean, log_variance / 2, self.levels
-            )
-        true_mean, _, true_log_variance = self.chain.q_posterior(x_start, x_t, step)
-        return normal_kl(true_mean, true_log_variance, mean, log_variance)
+        log_variance = self.chain.reverse_log_variance(output[:, channels:], step)
+        return self.chain.vlb_terms(x_start, x_t, step, pred_xstart, log_variance, self.levels)
 
     def _clamped(self, pred_xstart: Tensor) -> Tensor:
         """As the sampler clamps it."""
@@ -198,19 +193,6 @@ class _Bound:
             return pred_xstart.clamp(-s, s) / s
         clip = self.table.clip
         return pred_xstart if clip is None else pred_xstart.clamp(-clip, clip)
-
-    def _log_variance(self, step: Tensor, v: Tensor) -> Tensor:
-        """Of p(x_{t-1} | x_t); ``v`` is what the network says of it, if anything."""
-        chain, index = self.chain, int(step[0])
-        smallest = chain.posterior_log_variance_clipped[index].to(self.device)
-        if chain.variance_type == "fixed_small":
-            return smallest
-        if chain.variance_type == "learned":
-            return v
-        largest = chain.betas[index].log().to(self.device)
-        if chain.variance_type == "learned_range":
-            return torch.lerp(smallest, largest, (v + 1) / 2)
-        return largest if index > 0 else smallest
 
 
 def _chain(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> GaussianDiffusion:
@@ -221,11 +203,6 @@ def _chain(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> GaussianDi
         prediction_type=diffusion.prediction_type,
         variance_type=variance_type_of(diffusion, len(timesteps)),
     )
-
-
-def _bits(nats: Tensor) -> Tensor:
-    """Of each sample, the mean over its elements."""
-    return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
 def _check_pictures(images: Tensor, levels: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddpm_fast import GaussianDiffusion, checkpoint, cli, image_io, ops
 from ddpm_fast.cli.eval.bpd import evenly, table
 from ddpm_fast.data import digits
-from ddpm_fast.frechet import frechet_distance, pixels
+from ddpm_fast.frechet import FeatureStatistics, frechet_distance, pixels
 from ddpm_fast.likelihood import BitsPerDim, bits_per_dim
 from ddpm_fast.models import LightweightUNet
 
@@ -166,6 +166,10 @@ class Means(torch.nn.Module):
 
 network = Means()
 number = 3
+
+def broken(images):
+    raise RuntimeError("expected 3 channels\\nbut got 1")
+
 class Inside:
     @staticmethod
     def halves(images):
@@ -199,6 +203,33 @@ def test_too_few_pictures_for_the_features_are_a_warning(
     assert capsys.readouterr().err == (
         "ddpm-fast: warning: 16 features want more than 16 pictures in each set, "
         "for which there are 9 and 9\n"
+    )
+
+
+def test_too_few_pictures_are_told_before_the_work_with_the_covariance(
+    colour_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(statistics: FeatureStatistics, features: Tensor) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(FeatureStatistics, "update", update)
+    with pytest.warns(UserWarning, match="16 features want more"), pytest.raises(AssertionError):
+        cli.eval.frechet.run(
+            cli._parser().parse_args(
+                shlex.split("eval frechet colours colours --image-size 4 --channels 1")
+            )
+        )
+
+
+def test_an_extractor_that_fails_is_a_sentence(
+    current_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (current_folder / "my_features.py").write_text(FEATURES)
+    monkeypatch.delitem(sys.modules, "my_features", raising=False)
+    assert run("frechet digits digits --features my_features:broken") == 2
+    assert capsys.readouterr().err == (
+        "ddpm-fast: error: --features my_features:broken failed: RuntimeError: "
+        "expected 3 channels\n"
     )
 
 
@@ -242,6 +273,7 @@ def test_a_folder_becomes_an_npz(
             "frechet digits digits --features torch:exp",
             "the extractor must return features [64, D]",
         ),
+        ("frechet colours colours --image-size 128", "49152 features are more than the 32768"),
         ("npz colours --out x.npz", "colours: choose the size of its pictures with --image-size"),
         ("npz digits --out x.png", "--out x.png must end in .npz"),
         ("npz digits --out no/x.npz", "--out no/x.npz: cannot write in no"),

@@ -73,6 +73,12 @@ def test_a_set_is_not_far_from_itself(count: int, dimensions: int) -> None:
     assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-12 * size)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_lead_below_zero(seed: int) -> None:
+    x = features(20, 100, seed)
+    assert frechet_distance(x, x) >= 0
+
+
 @pytest.mark.parametrize("rank", [4, 2])
 def test_it_is_symmetric_and_ignores_order_and_rotation(rank: int) -> None:
     x, y = features(500, 4, 0, rank), features(300, 4, 10, rank)
@@ -145,6 +151,21 @@ def test_features_come_in_batches_from_a_network_in_eval_mode() -> None:
 def test_features_that_will_not_do(x: Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         frechet_distance(x, randn((5, 2), 0))
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_moments_that_are_not_finite(place: int, value: float) -> None:
+    moments_of_both = [torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2)]
+    moments_of_both[place] = moments_of_both[place] + value
+    with pytest.raises(ValueError, match="^means and covariances must be finite$"):
+        gaussian_frechet_distance(*moments_of_both)
+
+
+def test_too_many_features_are_refused_before_their_covariance_is_made() -> None:
+    sentence = "786432 features are more than the 32768 .* smaller pictures .* another extractor"
+    with pytest.raises(ValueError, match=sentence):
+        FeatureStatistics.of(features_of(pixels, torch.zeros(2, 3, 512, 512)))
 
 
 def test_batches_that_do_not_fit() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 
 from cases import randn
@@ -56,6 +57,41 @@ def test_far_tails_are_finite_and_pull_the_mean_back(x: float, mean: float) -> N
     towards_an_edge = abs(x) == 1 and x * mean > 0
     assert bool(found == 0 if towards_an_edge else found < -1e5)
     assert bool(pull == widen == 0 if towards_an_edge else pull * mean < 0 and widen > 0)
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.5, 1.0])
+@pytest.mark.parametrize("mean", [-1e6, 0.3, 0.5, 50.0, 1e6])
+@pytest.mark.parametrize("log_scale", [-25.0, -20.0, -10.0, 13.0, 25.0])
+def test_float32_is_finite_at_any_width(x: float, mean: float, log_scale: float) -> None:
+    parameters = [torch.tensor(value, requires_grad=True) for value in (mean, log_scale)]
+    found = discretized_gaussian_log_likelihood(torch.tensor(x), *parameters)
+    assert found.dtype == torch.float32
+    assert all(value.isfinite() for value in (found, *torch.autograd.grad(found, parameters)))
+
+
+@pytest.mark.parametrize("deviations", [0.0, 3.0, -999.0, 1001.0, 1e5])
+def test_a_narrow_bin_has_the_probability_of_its_density(deviations: float) -> None:
+    """On both sides of where the formula changes."""
+    for half_width in (0.99e-4, 1.01e-4):
+        scale = 0.1 / half_width
+        mean = torch.tensor(-deviations * scale, dtype=torch.float64)
+        log_scale = torch.tensor(scale, dtype=torch.float64).log().requires_grad_()
+        found = discretized_gaussian_log_likelihood(torch.tensor(0.0), mean, log_scale, levels=11)
+        wanted = norm.logpdf(deviations) + math.log(2 * half_width)
+        assert found.item() == pytest.approx(wanted, rel=1e-8)
+        (widen,) = torch.autograd.grad(found, log_scale)
+        assert widen.item() == pytest.approx(deviations**2 - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("deviations", [-999.0, -1001.0, -1e6])
+def test_the_far_tail_is_scipys(deviations: float) -> None:
+    """An outermost bin's probability is all of a tail."""
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    mean = torch.tensor(-0.9 - deviations * 2, dtype=torch.float64, requires_grad=True)
+    found = discretized_gaussian_log_likelihood(torch.tensor(-1.0), mean, scale.log(), levels=11)
+    assert found.item() == pytest.approx(norm.logcdf(deviations), rel=1e-10)
+    (pull,) = torch.autograd.grad(found, mean)
+    assert pull.item() == pytest.approx((deviations + 1 / deviations) / 2, rel=1e-8)
 
 
 def test_gradients_are_those_of_the_numbers() -> None:

@@ -132,6 +132,73 @@ def test_the_bound_is_least_at_the_true_variance() -> None:
     assert (above > 0.001).all() and (below > 0.001).all()
 
 
+@pytest.mark.parametrize("v", [-25.0, -20.0, 22.0])
+def test_the_bound_has_a_gradient_where_the_decoder_would_have_none(v: float) -> None:
+    """The decoder is no part of the terms above t = 0."""
+    diffusion = GaussianDiffusion(variance_type="learned")
+    x_start, noise = (tensor[:2].float() for tensor in batch())
+    model = Outputs(torch.zeros_like(x_start), torch.full_like(x_start, v))
+    losses = diffusion.training_losses(model, x_start, torch.tensor([999, 500]), noise=noise)
+    losses.sum().backward()
+    assert losses.isfinite().all() and model.v.grad.isfinite().all()
+
+
+def test_the_bound_at_other_levels() -> None:
+    diffusion = GaussianDiffusion()
+    x_start, t = torch.tensor([[[-1.0, 0.2]]], dtype=DOUBLE), torch.tensor([0])
+    log_variance = torch.tensor(-4.0, dtype=DOUBLE)
+    found = diffusion.vlb_terms(x_start, x_start, t, x_start, log_variance, levels=11)
+    mean, *_ = diffusion.q_posterior(x_start, x_start, t)
+    nats = -discretized_gaussian_log_likelihood(x_start, mean, log_variance / 2, levels=11)
+    torch.testing.assert_close(found, nats.mean(dim=(1, 2)) / math.log(2))
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", None])
+def test_a_fixed_variance_reads_no_channels(variance_type: str | None) -> None:
+    diffusion = GaussianDiffusion(variance_type=variance_type)
+    found = diffusion.reverse_log_variance(torch.zeros(4, 0, 3, dtype=DOUBLE), T).flatten()
+    posterior = diffusion.posterior_log_variance_clipped[T]
+    beta = torch.cat([posterior[:1], diffusion.betas[T[1:]].log()])
+    assert torch.equal(found, posterior if variance_type == "fixed_small" else beta)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_variance_is_not_learned_from_epsilon_where_no_signal_is_left(
+    variance_type: str,
+) -> None:
+    x_start, noise = batch()
+    diffusion = GaussianDiffusion.from_schedule(
+        rescale_betas_zero_snr=True, variance_type=variance_type
+    )
+    sentence = "cannot be trained with prediction_type epsilon and zero-terminal SNR"
+    with pytest.raises(ValueError, match=sentence):
+        diffusion.training_losses(lambda x, t: torch.cat([x, x], dim=1), x_start, T, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "learned"),
+    [("epsilon", False), ("sample", True), ("v_prediction", True)],
+)
+@pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
+def test_what_can_be_learned_at_zero_terminal_snr(
+    prediction_type: str, learned: bool, min_snr_gamma: float | None
+) -> None:
+    x_start, noise = batch()
+    diffusion = GaussianDiffusion.from_schedule(
+        rescale_betas_zero_snr=True,
+        prediction_type=prediction_type,
+        variance_type="learned_range" if learned else None,
+    )
+    losses = diffusion.training_losses(
+        lambda x, t: torch.cat([x, x], dim=1) if learned else x,
+        x_start,
+        T,
+        noise=noise,
+        min_snr_gamma=min_snr_gamma,
+    )
+    assert losses.isfinite().all()
+
+
 def test_a_learned_variance_needs_twice_the_channels() -> None:
     diffusion = GaussianDiffusion(variance_type="learned_range")
     sentence = (

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import operator
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...data import Dataset
 from ...frechet import Extractor, FeatureStatistics, features_of, frechet_distance, pixels
@@ -53,14 +55,15 @@ def run(args: argparse.Namespace) -> None:
         extractor = extractor.to(device)
     size, channels = _size(args)
     sets = [opened(data, size, channels) for data in (args.samples, args.reference)]
-    samples, reference = (_statistics(data, extractor, args.batch, device) for data in sets)
-    dimensions = len(samples.mean)
-    if min(samples.count, reference.count) <= dimensions:
-        warnings.warn(
-            f"{dimensions} features want more than {dimensions} pictures in each set, "
-            f"for which there are {samples.count} and {reference.count}",
-            stacklevel=2,
-        )
+    of_samples, of_reference = (_features(args, extractor, data, device) for data in sets)
+    first = next(of_samples)
+    dimensions = first.shape[1]
+    samples, reference = FeatureStatistics(dimensions), FeatureStatistics(dimensions)
+    _warn_of_few_pictures(dimensions, *map(len, sets))
+    for features in itertools.chain([first], of_samples):
+        samples.update(features)
+    for features in of_reference:
+        reference.update(features)
     print(f"{args.samples}: {samples.count} pictures")
     print(f"{args.reference}: {reference.count} pictures")
     print(
@@ -101,10 +104,25 @@ def _size(args: argparse.Namespace) -> tuple[int | None, int | None]:
     return args.image_size or size, args.channels or channels
 
 
-def _statistics(
-    dataset: Dataset, extractor: Extractor, batch: int, device: torch.device
-) -> FeatureStatistics:
-    images = (batch_of(dataset, indices)[0].to(device) for indices in batches_of(dataset, batch))
-    return FeatureStatistics.of(
-        features for few in images for features in features_of(extractor, few, batch_size=batch)
-    )
+def _features(
+    args: argparse.Namespace, extractor: Extractor, dataset: Dataset, device: torch.device
+) -> Iterator[Tensor]:
+    """Those of all pictures, batch by batch; what an extractor raises is one sentence."""
+    for indices in batches_of(dataset, args.batch):
+        images = batch_of(dataset, indices)[0].to(device)
+        try:
+            yield from features_of(extractor, images, batch_size=args.batch)
+        except Exception as error:
+            line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"--features {args.features} failed: {type(error).__name__}: {line}"
+            ) from error
+
+
+def _warn_of_few_pictures(dimensions: int, samples: int, reference: int) -> None:
+    if min(samples, reference) <= dimensions:
+        warnings.warn(
+            f"{dimensions} features want more than {dimensions} pictures in each set, "
+            f"for which there are {samples} and {reference}",
+            stacklevel=3,
+        )
