@@ -684,6 +684,22 @@ def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert saved.training["learning_rate"] == digits_recipe().config.learning_rate
 
 
+def test_too_large_a_training_batch_is_a_sentence(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UNet, "forward", out_of_memory)
+    options = [*SMALL.split(), "--device", "cpu", "--out", "m.safetensors"]
+    assert run("train", picture_folder, *options) == 2
+    assert capsys.readouterr().err == (
+        "ddpm-fast: error: --batch-size 4: cpu has too little memory for so many pictures"
+        " at a time; take fewer, or more parts with --accumulate\n"
+    )
+    assert not Path("m.safetensors").exists()
+
+
 def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     choices = (
@@ -712,6 +728,12 @@ def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFix
             "--image-size is for other data; the digits have their own recipe",
         ),
         ("digits --lr 0", "TrainConfig: learning_rate must be above 0; got 0.0"),
+        (
+            "digits --ema-half-life 500 --ema-decay 0.99",
+            "--ema-half-life is instead of --ema-decay; give one of them",
+        ),
+        ("digits --out t7/", "--out t7/ is a folder; name the checkpoint file to write"),
+        ("digits --out .", "--out . is a folder; name the checkpoint file to write"),
         ("no", "no: not a folder of pictures"),
         ("no.npz", "no.npz: No such file or directory"),
         ("digits --no-flip", "--no-flip is for other data; the digits have their own recipe"),
@@ -720,7 +742,7 @@ def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFix
 def test_bad_training_input(
     options: str, sentence: str, current_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("train", *options.split(), "--out", "m.safetensors") == 2
+    assert run("train", "--out", "m.safetensors", *options.split()) == 2
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
     assert list(current_folder.iterdir()) == []
 

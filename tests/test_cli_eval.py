@@ -94,6 +94,20 @@ def test_the_bound_is_that_of_the_library(
     assert lines == table(wanted).splitlines()
 
 
+def test_too_large_a_batch_is_a_sentence(
+    separate_model: tuple[nn.Module, GaussianDiffusion],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(separate_model[0], "forward", out_of_memory)
+    assert run("bpd --num 5 --batch 3 --device cpu") == 2
+    sentence = "--batch 3: cpu has too little memory for so many pictures at a time"
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+
 def test_the_table_puts_terms_together() -> None:
     timesteps = tuple(range(20, -1, -1))
     terms = torch.arange(21.0).flip(0).double().expand(3, -1) / 100  # t / 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,6 +189,14 @@ def test_folder_errors(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 0)
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_of_tensors_are_below_the_number_of_classes(label: int) -> None:
+    labels = torch.tensor([0, 1, label])
+    with pytest.raises(ValueError) as caught:
+        TensorDataset(torch.zeros(3, 1, 2, 2), labels, num_classes=2)
+    assert str(caught.value) == (f"TensorDataset: labels must be classes from 0 to 1; got {label}")
+
+
 # --- npz files ------------------------------------------------------------------------------------
 
 
@@ -247,7 +257,15 @@ def test_npz_of_named_arrays(tmp_path: Path) -> None:
         ({"arr_0": pixels(2, 8, 8), "arr_1": np.array([0.0, 1.0])}, "got float64 [2]"),
         (
             {"arr_0": pixels(2, 8, 8), "arr_1": np.array([0, -1])},
-            "arr_1 must be classes from 0 on; got -1",
+            "arr_1 must be classes from 0 to 1048575; got -1",
+        ),
+        (
+            {"arr_0": pixels(2, 8, 8), "arr_1": np.array([0, 2**63], np.uint64)},
+            "arr_1 must be classes from 0 to 1048575; got 9223372036854775808",
+        ),
+        (
+            {"arr_0": pixels(2, 8, 8), "arr_1": np.array([0, 2**40])},
+            "arr_1 must be classes from 0 to 1048575; got 1099511627776",
         ),
     ],
 )
@@ -273,6 +291,47 @@ def test_npz_that_is_not_whole(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{path}: "):
             NpzDataset(path, 8)
+
+
+def npz_header(*shape: int) -> bytes:
+    written = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(written, header)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (npz_header(2**46, 8, 8, 3), "Unable to allocate"),
+        (npz_header(2**70, 8, 8, 3), "too large"),
+        (npz_header(2, 8, 8).replace(b"}", b"("), ""),
+        (b"garbage", "arr_0 is not an array"),
+    ],
+)
+def test_npz_of_what_is_no_array(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", content)
+    with pytest.raises(ValueError, match=f"^{path}: .*{reason}"):
+        NpzDataset(path, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [(10, 9, "compression method is not supported"), (8, 1, "is encrypted")],
+    ids=["deflate64", "encrypted"],
+)
+def test_npz_that_cannot_be_unpacked(tmp_path: Path, field: int, value: int, reason: str) -> None:
+    """By what the archive's directory, and the header of the member, say of it."""
+    path = tmp_path / "a.npz"
+    np.savez(path, pixels(2, 8, 8))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\1\2") + field] = value
+    content[field - 2] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: .*{reason}"):
+        NpzDataset(path, 8)
 
 
 class Explosive:
@@ -321,6 +380,30 @@ def test_columns_of_labels(column: str, classes: int) -> None:
     assert labels is not None and labels.dtype == torch.int64
     assert labels.tolist() == ([1, 0] if column == "kind" else [5, 0])
     assert dataset.num_classes == classes
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "sentence"),
+    [
+        ("kind", [0, 1, 2, 3], "kind must be classes from 0 to 2; got 3"),
+        ("number", [0, 1, 2, 2**63], "number must be classes from 0 to 1048575; got " + str(2**63)),
+    ],
+)
+def test_labels_that_are_no_classes(column: str, labels: list[int], sentence: str) -> None:
+    """An embedding's next row is the null label, which 3 would train unnoticed."""
+    pa, whole = pytest.importorskip("pyarrow"), table(4)
+    arrow = whole.data.table.set_column(
+        whole.column_names.index(column),
+        column,
+        [pa.array(np.array(labels, np.int64 if column == "kind" else np.uint64))],
+    )
+    features = whole.features.copy()
+    if column == "number":
+        features[column] = sys.modules["datasets"].Value("uint64")
+    held = type(whole)(arrow.replace_schema_metadata(None)).cast(features)
+    with pytest.raises(ValueError) as caught:
+        HuggingFaceDataset(held, 8, label_column=column)
+    assert str(caught.value) == f"the data set: {sentence}"
 
 
 def test_rows_chosen_and_formats_of_the_caller() -> None:
@@ -429,3 +512,50 @@ def test_open_dataset_of_datasets(tmp_path: Path) -> None:
     table().save_to_disk(tmp_path)
     dataset = open_dataset(tmp_path, 4, label_column="kind", image_column="picture")
     assert isinstance(dataset, HuggingFaceDataset) and dataset.num_classes == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "datasets", "tensors"])
+def test_the_fingerprint_is_of_the_contents(kind: str, tmp_path: Path) -> None:
+    """The same for the same pictures in another place, another for as many others."""
+
+    def fingerprint(place: str, seed: int, labels: list[int]) -> str:
+        path, pictures = tmp_path / place, [colour(seed, size) for size in (8, 8)]
+        if kind == "tensors":
+            images = torch.from_numpy(np.stack(pictures))
+            return TensorDataset(images, torch.tensor(labels)).description()["fingerprint"]
+        if kind == "folder":
+            for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+                save_picture(path / f"{label}" / f"{i}.png", picture)
+        elif kind == "npz":
+            path = path.with_suffix(".npz")
+            np.savez(path, pictures, labels)
+        else:
+            hf = pytest.importorskip("datasets")
+            columns = {"p": [Image.fromarray(p) for p in pictures], "arr_1": labels}
+            hf.Dataset.from_dict(columns).save_to_disk(path)
+        column = None if kind == "folder" else "arr_1"
+        dataset = open_dataset(path, 8, class_labels=kind == "folder", label_column=column)
+        return dataset.description()["fingerprint"]
+
+    found = fingerprint("a", 0, [0, 1])
+    assert fingerprint("b", 0, [0, 1]) == found
+    assert fingerprint("c", 0, [1, 0]) != found
+    if kind != "folder":  # whose files need not be read: their sizes tell
+        assert fingerprint("d", 1, [0, 1]) != found
+
+
+def test_a_folders_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:
+    found = set()
+    for name, content in (("a", b"1"), ("b", b"1"), ("b", b"12")):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        (tmp_path / f"{name}.png").write_bytes(content)
+        found.add(ImageFolder(tmp_path, 8).description()["fingerprint"])
+    assert len(found) == 3
+
+
+def test_the_description_tells_the_options(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", pixels(2, 8, 8), [0, 1])
+    told = NpzDataset(tmp_path / "a.npz", 8, flip=False, label_column="arr_1").description()
+    del told["fingerprint"]
+    assert told == {"flip": False, "image_column": "arr_0", "label_column": "arr_1"}

@@ -27,6 +27,7 @@ INTERNAL = {
     "atomic",
     "checks",
     "conditioning",
+    "data.fingerprint",
     "evaluating",
     "gaussians",
     "graphs",

@@ -42,6 +42,7 @@ LAYERS = [
     ["data.opening"],
     ["data.folder", "data.huggingface", "data.npz", "data.scikit_learn"],
     ["data.dataset", "data.pictures"],
+    ["data.fingerprint"],
     ["image_io.animation", "image_io.npz", "image_io.stills"],
     ["image_io.painting", "image_io.pixels"],
     ["atomic", "processes", "integrations.diffusers_models", "integrations.openai_models"],

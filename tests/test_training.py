@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -193,6 +194,41 @@ def test_only_the_same_run_is_resumed(
     with pytest.raises(ValueError) as caught:
         train(*quick_recipe(**change), out=path, resume=True, progress=False)
     assert str(caught.value) == f"{path}: cannot be resumed: {sentence}"
+
+
+def test_other_data_are_not_resumed_on(tmp_path: Path) -> None:
+    """As many other pictures, or the same ones mirrored."""
+    path, options = tmp_path / "a.safetensors", {"num_steps": 1, "batch_size": 2}
+    model = {"model_channels": 8}
+
+    def go(place: str, flip: bool = True, resume: bool = True) -> None:
+        recipe = folder_recipe(
+            tmp_path / place, image_size=8, flip=flip, model_options=model, **options
+        )
+        train(*recipe, out=path, resume=resume, progress=False)
+
+    for name, value in (("one.npz", 1), ("other.npz", 2)):
+        np.savez(tmp_path / name, np.full((2, 8, 8, 3), value, np.uint8))
+    go("one.npz", resume=False)
+    go("one.npz")
+    with pytest.raises(ValueError, match="its dataset's flip is True, this run's is False"):
+        go("one.npz", flip=False)
+    with pytest.raises(ValueError, match=r"its dataset's fingerprint is \w{16}, this run's is \w"):
+        go("other.npz")
+
+
+@pytest.mark.parametrize("told_by", ["both", "the checkpoint", "the data", "neither"])
+def test_data_need_not_describe_themselves(tmp_path: Path, told_by: str) -> None:
+    """Neither those of others nor those of old checkpoints do."""
+    recipe, again = quick_recipe(num_steps=1), quick_recipe()
+    for pictures, tells in ((recipe, "the checkpoint"), (again, "the data")):
+        if told_by not in (tells, "both"):
+            pictures.dataset.description = dict  # type: ignore[method-assign]
+    path = train(*recipe, out=tmp_path / "a.safetensors", progress=False)
+    told = checkpoint.read(path).training.keys()
+    assert ("dataset" in told) == (told_by in ("both", "the checkpoint"))
+    train(*again, out=path, resume=True, progress=False)
+    assert checkpoint.read(path).step == QUICK.num_steps
 
 
 def test_an_inference_checkpoint_is_not_resumed(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def output_kind(out: str) -> str:
     Raises:
         ValueError: any other path.
     """
-    if _is_folder(out):
+    if is_folder(out):
         return "folder"
     extension = Path(out).suffix
     if extension.lower() in (".png", ".npz", *ANIMATIONS):
@@ -38,7 +38,8 @@ def output_kind(out: str) -> str:
     )
 
 
-def _is_folder(out: str) -> bool:
+def is_folder(out: str) -> bool:
+    """Whether a path that is written to means a folder, which may not be there yet."""
     return out.endswith(("/", os.sep)) or Path(out).is_dir()
 
 
@@ -52,7 +53,7 @@ def check_writable(out: str, option: str = "--out") -> None:
             folder of that name is in the way.
     """
     path = Path(out)
-    if _is_folder(out):
+    if is_folder(out):
         folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     elif path.exists() and not path.is_file():
         raise ValueError(f"{option} {out} exists and is not a regular file")

@@ -6,13 +6,15 @@ import argparse
 import time
 from typing import Any
 
+import torch
+
 from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from ..losses import LOSSES
 from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
 from ..training import Recipe, digits_recipe, folder_recipe, train
 from ..training.config import LR_SCHEDULES, PRECISIONS
-from .options import PROG, add_device, check_writable, count, device_named
+from .options import PROG, add_device, check_writable, count, device_named, is_folder
 
 SUMMARY = "train a model on the digits or on your pictures"
 EXAMPLES = """\
@@ -154,19 +156,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, group: Processes) -> None:
+    if is_folder(args.out):
+        raise ValueError(f"--out {args.out} is a folder; name the checkpoint file to write")
     check_writable(args.out)
 
     device = device_named(args.device)
     recipe = _recipe(args)
     started = time.perf_counter()
-    train(
-        *recipe,
-        out=args.out,
-        resume=args.resume,
-        device=device,
-        log_dir=args.log_dir,
-        sample_every=args.sample_every,
-    )
+    try:
+        train(
+            *recipe,
+            out=args.out,
+            resume=args.resume,
+            device=device,
+            log_dir=args.log_dir,
+            sample_every=args.sample_every,
+        )
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"--batch-size {recipe.config.batch_size}: {device} has too little memory for so many"
+            " pictures at a time; take fewer, or more parts with --accumulate"
+        ) from None
     seconds = time.perf_counter() - started
     if group.leads:
         where = f"{device}" if group.count == 1 else f"{group.count} processes of {device.type}"
@@ -180,6 +190,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     """What the data asks for, with the changes that the options make."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     options = {name: given[name] for name in TRAIN_OPTIONS if name in given}
+    if {"ema_decay", "ema_half_life"} <= options.keys():
+        raise ValueError("--ema-half-life is instead of --ema-decay; give one of them")
     diffusion = {name: given[name] for name in DIFFUSION_OPTIONS if name in given}
     if args.data == "digits":
         for name in FOLDER_OPTIONS:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .fingerprint import evenly_spaced, fingerprint
+
 
 class Dataset(Protocol):
-    """What training asks of its data: any batch, as a function of the indices and a generator."""
+    """What training asks of its data: any batch, as a function of the indices and a generator.
+
+    It may also have ``description()``, a JSON-able dict of what tells it from other data. A
+    checkpoint keeps that, and a run is not resumed on data of another description.
+    """
 
     @property
     def num_classes(self) -> int | None:
@@ -33,11 +39,21 @@ class TensorDataset:
         images: float32 [N, C, H, W] in [-1, 1].
         labels: int64 [N], each below ``num_classes``; None where there are none.
         num_classes: the number of labels.
+
+    Raises:
+        ValueError: a label is not in [0, ``num_classes``).
     """
 
     def __init__(
         self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None
     ) -> None:
+        if labels is not None and num_classes is not None:
+            wrong = labels[(labels < 0) | (labels >= num_classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"TensorDataset: labels must be classes from 0 to {num_classes - 1};"
+                    f" got {int(wrong[0])}"
+                )
         self.images = images
         self.labels = labels
         self.num_classes = num_classes
@@ -48,3 +64,8 @@ class TensorDataset:
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """See :class:`Dataset`; nothing is augmented."""
         return self.images[indices], None if self.labels is None else self.labels[indices]
+
+    def description(self) -> dict[str, Any]:
+        """See :class:`Dataset`; the fingerprint is of a few pictures and all labels."""
+        images = self.images[evenly_spaced(len(self))].cpu().numpy()
+        return {"fingerprint": fingerprint([images.tobytes()], self.labels)}

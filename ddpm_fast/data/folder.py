@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +72,11 @@ class ImageFolder(Pictures):
 
     def _name(self, index: int) -> str:
         return str(self.files[index])
+
+    def _contents(self) -> Iterator[bytes]:
+        for file in self.files:
+            name = file.relative_to(self.path).as_posix()
+            yield os.fsencode(f"{name}\0{file.stat().st_size}\0")
 
 
 def _image_files(path: Path) -> list[Path]:

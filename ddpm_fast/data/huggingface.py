@@ -56,11 +56,15 @@ class HuggingFaceDataset(Pictures):
             raise ValueError(f"{self._source}: holds no pictures")
         self.image_column = _image_column(table, image_column, self._source)
         self._images = table.select_columns(self.image_column).with_format(None)
+        self.label_column = label_column
+        self._fingerprint: str = table._fingerprint
         if label_column is not None:
             labels = _column_of_labels(table, label_column, self._source)
-            self.labels = integer_labels(labels, len(self), f"{self._source}: {label_column}")
-            names = getattr(table.features[label_column], "num_classes", None)
-            self.num_classes = names or int(self.labels.max()) + 1
+            named = getattr(table.features[label_column], "num_classes", None)
+            self.labels = integer_labels(
+                labels, len(self), f"{self._source}: {label_column}", named
+            )
+            self.num_classes = named or int(self.labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self._images)
@@ -74,6 +78,9 @@ class HuggingFaceDataset(Pictures):
 
     def _name(self, index: int) -> str:
         return f"{self._source}: row {index} of {self.image_column}"
+
+    def _contents(self) -> list[bytes]:
+        return [self._fingerprint.encode()]
 
 
 def is_saved_dataset(path: str | os.PathLike[str]) -> bool:
@@ -136,7 +143,9 @@ def _column_of_labels(table: datasets.Dataset, column: str, name: str) -> npt.ND
     kind = getattr(table.features[column], "dtype", "")
     if not kind.lstrip("u").startswith("int"):
         raise ValueError(f"{name}: the column {column} does not hold integers or class labels")
-    labels: npt.NDArray[Any] = table.select_columns(column).with_format("numpy")[:][column]
+    labels: npt.NDArray[Any] = (
+        table.select_columns(column).with_format("arrow")[:][column].to_numpy()
+    )
     return labels
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,9 +14,26 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .fingerprint import evenly_spaced
 from .pictures import Pictures, integer_labels
 
 Array = npt.NDArray[Any]
+
+# What NumPy and zipfile raise for a damaged file, or one that claims to be larger than memory:
+# RuntimeError for encryption, and NotImplementedError, a subclass, for unknown compression.
+_DAMAGES = (
+    EOFError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class NpzDataset(Pictures):
@@ -53,6 +72,7 @@ class NpzDataset(Pictures):
         self.path = Path(path)
         wanted = [image_column] if label_column is None else [image_column, label_column]
         images, *labels = _read_arrays(self.path, wanted)
+        self.image_column, self.label_column = image_column, label_column
         self.images = _checked_images(images, f"{path}: {image_column}")
         if label_column is not None:
             self.labels = integer_labels(labels[0], len(self), f"{path}: {label_column}")
@@ -67,6 +87,9 @@ class NpzDataset(Pictures):
     def _name(self, index: int) -> str:
         return f"{self.path}: picture {index}"
 
+    def _contents(self) -> list[bytes]:
+        return [self.images[index].tobytes() for index in evenly_spaced(len(self))]
+
 
 def _read_arrays(path: Path, names: list[str]) -> list[Array]:
     if not zipfile.is_zipfile(path):
@@ -78,8 +101,12 @@ def _read_arrays(path: Path, names: list[str]) -> list[Array]:
                 if name not in archive.files:
                     held = ", ".join(archive.files) or "none"
                     raise ValueError(f"holds no array {name} (it holds {held})")
-            return [archive[name] for name in names]
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = [archive[name] for name in names]
+            for name, array in zip(names, arrays, strict=True):
+                if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is none
+                    raise ValueError(f"{name} is not an array")
+            return arrays
+    except _DAMAGES as error:
         raise ValueError(f"{path}: {error}") from error
 
 

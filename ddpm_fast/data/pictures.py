@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .fingerprint import fingerprint
+
+# ImageNet-21k has 21,841. Larger numbers are no classes but something else, such as ids, and a
+# network's table of so many would not fit into memory.
+_MOST_CLASSES = 2**20
 
 
 class Pictures(ABC):
@@ -31,6 +38,8 @@ class Pictures(ABC):
     labels: Tensor | None = None
     """int64, one for each picture."""
     num_classes: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __init__(self, image_size: int, channels: Literal[1, 3], flip: bool) -> None:
         kind = type(self).__name__
@@ -53,6 +62,19 @@ class Pictures(ABC):
     @abstractmethod
     def _name(self, index: int) -> str:
         """What an error calls the picture."""
+
+    @abstractmethod
+    def _contents(self) -> Iterable[bytes]:
+        """What is soon read and tells these pictures from others."""
+
+    def description(self) -> dict[str, Any]:
+        """See :class:`~ddpm_fast.data.Dataset`."""
+        return {
+            "flip": self.flip,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "fingerprint": fingerprint(self._contents(), self.labels),
+        }
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """See :class:`~ddpm_fast.data.Dataset`.
@@ -91,17 +113,22 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def integer_labels(values: np.ndarray, count: int, name: str) -> Tensor:
+def integer_labels(
+    values: np.ndarray, count: int, name: str, num_classes: int | None = None
+) -> Tensor:
     """Labels of ``count`` pictures, int64.
 
     Raises:
-        ValueError: not ``count`` integers from 0 on; the message calls them ``name``.
+        ValueError: not ``count`` integers in [0, ``num_classes``), which by default is as many as
+            there can be; the message calls them ``name``.
     """
     if values.dtype.kind not in "iu" or values.shape != (count,):
         raise ValueError(
             f"{name} must be integers, one for each of the {count} pictures; "
             f"got {values.dtype} {list(values.shape)}"
         )
-    if (values < 0).any():
-        raise ValueError(f"{name} must be classes from 0 on; got {values.min()}")
+    limit = num_classes or _MOST_CLASSES
+    wrong = values[(values < 0) | (values >= limit)]
+    if wrong.size:
+        raise ValueError(f"{name} must be classes from 0 to {limit - 1}; got {wrong[0]}")
     return torch.from_numpy(values.astype(np.int64))

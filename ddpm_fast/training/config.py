@@ -51,7 +51,8 @@ class TrainConfig:
             :meth:`GaussianDiffusion.training_losses`, also for the next two.
         min_snr_gamma: weigh timesteps by min-SNR (Hang et al. 2023); 5 in the paper.
         offset_noise: strength of the noise that all pixels of a channel share; often 0.1.
-        accumulate: parts of a batch, computed one after the other, to need less memory.
+        accumulate: parts of a batch, computed one after the other, to need less memory. Flips and
+            the network's dropout are drawn for each part.
         precision: the network's: ``fp32``, or ``bf16`` for autocast; the weights stay float32.
 
     Raises:
@@ -107,7 +108,11 @@ class TrainConfig:
         return cls(**{name: description[name] for name in names if name in description})
 
     def may_change_on_resume(self, name: str) -> bool:
-        """Whether a run with another value of the option ``name`` is the same run."""
+        """Whether a run with another value of the option ``name`` is the same run.
+
+        It is up to rounding, and with another ``accumulate`` up to the network's dropout and the
+        flips, which are drawn for each part.
+        """
         if name == "num_steps":
             return self.lr_schedule == "constant"
         return name in ("checkpoint_every", "accumulate")

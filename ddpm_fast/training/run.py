@@ -62,6 +62,7 @@ class Run:
         self.step = 0
         self.image_shape: tuple[int, ...] = ()
         self._dataset_size = len(dataset)
+        self._dataset_description = _description_of(dataset)
         self._batches = Batches(
             dataset, config, diffusion.num_timesteps, self.num_classes, device, group
         )
@@ -178,10 +179,12 @@ class Run:
         }
 
     def _description(self) -> dict[str, Any]:
-        return self.config.description() | {
-            "dataset_size": self._dataset_size,
-            "torch": torch.__version__,
-        }
+        described = self._dataset_description
+        return (
+            self.config.description()
+            | {"dataset_size": self._dataset_size, "torch": torch.__version__}
+            | ({"dataset": described} if described else {})
+        )
 
     def _check_same_run(self, saved: checkpoint.Checkpoint, path: Path) -> None:
         theirs = TrainConfig.from_description(saved.training)
@@ -196,6 +199,12 @@ class Run:
             ("model configuration", self.model.config(), saved.model_config),
             ("diffusion configuration", self.diffusion.config(), saved.diffusion_config),
         ]
+        told = saved.training.get("dataset", {})  # nothing in older checkpoints
+        pairs += [
+            (f"dataset's {name}", value, told[name])
+            for name, value in self._dataset_description.items()
+            if name in told
+        ]
         for name, our_value, their_value in pairs:
             if our_value != their_value:
                 raise ValueError(
@@ -204,6 +213,13 @@ class Run:
                 )
         if not saved.optimizer:
             raise ValueError(f"{path}: cannot be resumed: it holds no optimizer state")
+
+
+def _description_of(dataset: Dataset) -> dict[str, Any]:
+    """What the data set tells of itself, if it does."""
+    describe = getattr(dataset, "description", dict)
+    described: dict[str, Any] = describe()
+    return described
 
 
 def _checked_classes(

@@ -99,20 +99,25 @@ def run(args: argparse.Namespace) -> None:
     model, diffusion = load(args.checkpoint, device=device)
     images, labels = _chosen(args, model)
     levels = args.levels or (DIGIT_LEVELS if args.data in pictures.DIGITS else 256)
-    found = bits_per_dim(
-        model,
-        diffusion,
-        images,
-        levels=levels,
-        class_labels=labels,
-        num_steps=args.steps,
-        timestep_spacing=args.spacing,
-        seed=args.seed,
-        batch_size=args.batch,
-        device=device,
-        precision=args.precision,
-        progress=sys.stderr.isatty(),
-    )
+    try:
+        found = bits_per_dim(
+            model,
+            diffusion,
+            images,
+            levels=levels,
+            class_labels=labels,
+            num_steps=args.steps,
+            timestep_spacing=args.spacing,
+            seed=args.seed,
+            batch_size=args.batch,
+            device=device,
+            precision=args.precision,
+            progress=sys.stderr.isatty(),
+        )
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"--batch {args.batch}: {device} has too little memory for so many pictures at a time"
+        ) from None
     print(
         f"{args.checkpoint}: {len(images)} pictures of {args.data}, "
         f"{'no labels' if labels is None else 'with labels'}, {levels} levels, seed {args.seed}\n"
