@@ -599,7 +599,7 @@ def test_gradients_are_those_of_diffusers(plain: Any, fused: Any) -> None:
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(("plain", "fused"), PAIRS)
 def test_forward_gradients_are_those_of_diffusers(plain: Any, fused: Any) -> None:
     x, tangent, t = randn((1, 3, 4), 0), randn((1, 3, 4), 1), torch.tensor([500])
