@@ -423,8 +423,14 @@ def test_ends_of_an_interpolation_are_checked() -> None:
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_docs_is_drawn(tmp_path: Path) -> None:
-    path = tmp_path / "digits.png"
-    assert pictures.main(["--out", str(path)]) == 0
-    with Image.open(path) as picture:
-        assert picture.width > 500 and len(picture.getcolors(1 << 20) or ()) > 20
+def test_the_pictures_of_the_docs_are_drawn(tmp_path: Path) -> None:
+    assert pictures.main(["--out", str(tmp_path)]) == 0
+    drawn = sorted(tmp_path.iterdir())
+    assert [path.name for path in drawn] == [
+        "denoising.png",
+        "denoising.webp",
+        "editing-digits.png",
+    ]
+    for path in drawn:
+        with Image.open(path) as picture:
+            assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
