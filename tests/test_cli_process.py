@@ -19,6 +19,8 @@ from PIL import Image
 from ddpm_fast import GaussianDiffusion, checkpoint
 from ddpm_fast.models import LightweightUNet
 
+pytestmark = pytest.mark.slow  # each starts a Python that imports torch
+
 COMMAND = [sys.executable, "-m", "ddpm_fast"]
 SAMPLE = "sample --checkpoint model.safetensors --image-size 64 --num 1 --device cpu"
 TRAIN = "train pictures --image-size 8 --model-channels 8 --batch-size 2 --out trained.safetensors"

@@ -417,6 +417,7 @@ assert main(["sample", "--checkpoint", "m.safetensors", "--num", "1", "--steps",
 """
 
 
+@pytest.mark.slow
 def test_the_required_packages_are_enough_improved_diffusion_5_24_125(tmp_path: Path) -> None:
     """To train and to sample, without MPI and without anything of the extras."""
     (tmp_path / "pictures").mkdir()
