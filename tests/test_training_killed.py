@@ -138,12 +138,12 @@ def test_torchrun_trains_resumes_and_ends_with_one_sentence(tmp_path: Path) -> N
     again = torchrun(*arguments, "--steps", 3, folder=tmp_path)  # both find the file
     sentence = "ddpm-fast: error: m.safetensors: exists already; resume it, or choose another path"
     assert again.returncode != 0 and again.stderr.count(sentence) == 1
-    assert again.stderr.count("ddpm-fast: ") == 1
+    assert again.stderr.count("ddpm-fast: error: ") == 1
 
     picture = tmp_path / "pictures" / "3.png"  # one of the two will find it
     picture.write_bytes(bytes(picture.stat().st_size))  # another size would be another data set
     broken = torchrun(*arguments, "--steps", 9, "--resume", folder=tmp_path)
     sentence = "ddpm-fast: error: pictures/3.png: cannot be read as a picture"
     assert broken.returncode != 0 and broken.stderr.count(sentence) == 1
-    assert broken.stderr.count("ddpm-fast: ") == 1
+    assert broken.stderr.count("ddpm-fast: error: ") == 1
     assert checkpoint.read(tmp_path / "m.safetensors").step == 2
