@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Semaphore, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +25,9 @@ from ddpm_fast.bench.checking import WrongResult, check_standard_normal
 from ddpm_fast.data import TensorDataset
 from ddpm_fast.image_io import save_images
 from ddpm_fast.models import UNet
-from ddpm_fast.training import TrainConfig, digits_recipe, train
+from ddpm_fast.processes import Processes
+from ddpm_fast.training import TrainConfig, digits_recipe
+from ddpm_fast.training.run import Run
 
 Call = Callable[[], object]
 STEPS = 4
@@ -70,33 +69,13 @@ def training_problem(*, dropout: bool = True) -> TrainingProblem:
 
 
 def native(p: TrainingProblem) -> Call:
-    """`ddpm_fast.training.train` itself, stopped before each batch until it is asked for."""
-    wanted, waiting = Semaphore(0), Semaphore(0)
-
-    class InTurns(TensorDataset):
-        def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
-            waiting.release()
-            wanted.acquire()
-            return super().batch(indices, generator)
-
-    dataset = InTurns(p.dataset.images, p.dataset.labels, p.dataset.num_classes)
-
-    def run() -> None:
-        out = Path(tempfile.gettempdir()) / f"{secrets.token_hex(8)}-is-never-written"
-        try:
-            train(p.network, p.diffusion, dataset, p.config, out=out, progress=False)
-        finally:
-            waiting.release()
-
-    training = Thread(target=run, daemon=True)
-    training.start()
-    waiting.acquire()
+    """What `ddpm_fast.training.train` does for a step; and its look at the loss, in each call."""
+    run = Run(p.network, p.diffusion, p.dataset, p.config, torch.device("cpu"), Processes())
 
     def steps() -> None:
         for _ in range(STEPS):
-            wanted.release()
-            waiting.acquire()
-            assert training.is_alive()
+            run.advance()
+        run.recent()
 
     return steps
 

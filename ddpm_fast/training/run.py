@@ -20,9 +20,6 @@ from .learning_rate import learning_rate
 from .parallel import averaging, mean, parallel
 from .seeds import seed_default_generators
 
-# The fastest that rounds as the plain loop over the weights does, which made the bundled model;
-# on a GPU, where that is no concern, the fastest.
-_ADAM_BY_DEVICE: dict[str, dict[str, Any]] = {"cpu": {"foreach": True}, "cuda": {"fused": True}}
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -68,9 +65,7 @@ class Run:
         )
         self._parallel = parallel(model.to(device).train(), group)
         self.ema = AveragedWeights(model, config)
-        self._optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.learning_rate, **_ADAM_BY_DEVICE.get(device.type, {})
-        )
+        self._optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self._unchecked: list[tuple[Tensor, Tensor]] = []
 
     def advance(self) -> None:
