@@ -6,13 +6,14 @@ import contextlib
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -72,18 +73,34 @@ def quick_recipe(
     return Recipe(model, diffusion, pictures, replace(QUICK, **options))
 
 
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: (step, value) of each curve."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(folder))
+    accumulator.Reload()
+    tags: Iterable[str] = accumulator.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
+
+
 class Child:
     """A process that trains, batch by batch, as it is told to; it may be killed.
 
     Args:
         out: its checkpoint, which it resumes if it is there.
         environment: variables that it finds.
+        log_dir: for TensorBoard.
         options: those of the recipe.
     """
 
-    def __init__(self, out: Path, environment: dict[str, str] | None = None, **options: Any):
+    def __init__(
+        self,
+        out: Path,
+        environment: dict[str, str] | None = None,
+        log_dir: Path | None = None,
+        **options: Any,
+    ) -> None:
         self._batches, theirs = _CONTEXT.Pipe()
-        arguments = (out, out.exists(), environment or {}, theirs, options)
+        arguments = (out, out.exists(), environment or {}, theirs, log_dir, options)
         self.process: ForkServerProcess = _CONTEXT.Process(target=_train, args=arguments)
         self.process.start()
         theirs.close()
@@ -148,13 +165,15 @@ def _train(
     resume: bool,
     environment: dict[str, str],
     test: Connection,
+    log_dir: Path | None,
     options: dict[str, Any],
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     recipe = quick_recipe(**options)
     told = _Told(recipe.dataset, test)
-    train(*recipe._replace(dataset=told), out=out, resume=resume, progress=False)
+    recipe = recipe._replace(dataset=told)
+    train(*recipe, out=out, resume=resume, log_dir=log_dir, progress=False)
 
 
 # Its server has imported torch once, and forks.

@@ -314,4 +314,4 @@ def test_help_shows_examples_that_parse(measure: str, capsys: pytest.CaptureFixt
     for line in lines:
         assert line.startswith(f"  ddpm-fast eval {measure}")
         arguments: Any = cli._parser().parse_args(shlex.split(line)[1:])
-        assert callable(arguments.measure)
+        assert callable(arguments.measure.run)

@@ -724,6 +724,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     [
         slow("train digits --out a --bogus", "unrecognized arguments: --bogus"),
         slow("train digits --out a --lr 0", "TrainConfig: learning_rate must be above 0; got 0.0"),
+        slow("eval npz digits --out a.npz", "this command works in one process; run it without"),
         slow("sample --num 0", "argument --num/--num-samples: must be at least 1; got 0"),
         slow("sample --out a/b.png", "--out a/b.png: shards are written into a folder"),
     ],

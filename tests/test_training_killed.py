@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_fast import checkpoint
 from ddpm_fast.training import train
-from small_training import Child, children, exit_codes, quick_recipe
+from small_training import Child, children, curves, exit_codes, quick_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,20 +54,34 @@ def same_weights(found: Path, wanted: Path) -> None:
         torch.testing.assert_close(ours.ema[name], theirs.ema[name], rtol=1e-3, atol=1e-4)
 
 
+def same_losses(found: Path, wanted: Path, steps: list[int]) -> None:
+    """Each point of the curve is a mean over the steps since the one before."""
+    ours, theirs = curves(found)["loss"], curves(wanted)["loss"]
+    assert [step for step, _ in ours] == [step for step, _ in theirs] == steps
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_two_processes_are_killed_and_go_on_as_one_would(tmp_path: Path) -> None:
     """They show the same pictures with the same noise, so only the sums are rounded otherwise."""
     options = {"deterministic": True, "num_steps": 20, "batch_size": 5}
-    whole = train(*quick_recipe(**options), out=tmp_path / "whole.safetensors", progress=False)
+    logs, logs_of_two = tmp_path / "logs", tmp_path / "logs-of-two"
+    whole = train(
+        *quick_recipe(**options),
+        out=tmp_path / "whole.safetensors",
+        progress=False,
+        log_dir=logs,
+    )
     out = tmp_path / "two.safetensors"
-    first, second = children(2, out, **options)
+    first, second = children(2, out, log_dir=logs_of_two, **options)
     first.release()
     assert second.goes_on(batches=9)
     second.kill()
     assert exit_codes(first) != [0]
     assert checkpoint.read(out).step == 5
-    assert exit_codes(*children(2, out, **options)) == [0, 0]
+    assert exit_codes(*children(2, out, log_dir=logs_of_two, **options)) == [0, 0]
     same_weights(out, whole)
+    same_losses(logs_of_two, logs, steps=[5, 10, 15, 20])
 
 
 @pytest.mark.slow

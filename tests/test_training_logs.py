@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,11 @@ from PIL import Image
 
 from ddpm_fast import GaussianDiffusion, load, sample
 from ddpm_fast.training import train
-from small_training import quick_recipe
+from small_training import curves, quick_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TAGS = ["gradient_norm", "images_per_s", "learning_rate", "loss"]
-
-
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: (step, value) of each curve."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accumulator = events.EventAccumulator(str(folder))
-    accumulator.Reload()
-    tags: Iterable[str] = accumulator.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags}
 
 
 def test_curves(tmp_path: Path) -> None:

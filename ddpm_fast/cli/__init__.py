@@ -11,9 +11,16 @@ from typing import NoReturn, TextIO
 from ..processes import OtherProcessError, first_of_machine, processes, sentence
 from . import bench, eval, info, sample, train
 from .config import ConfigurableParser, add_config
-from .options import PROG
+from .options import PROG, Command, add_commands
 
-COMMANDS = {"sample": sample, "train": train, "eval": eval, "bench": bench, "info": info}
+COMMANDS: dict[str, Command] = {
+    "sample": sample,
+    "train": train,
+    "eval": eval,
+    "bench": bench,
+    "info": info,
+}
+SHARED = (sample, train)  # by the processes that torchrun starts
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -27,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            with processes():  # of which the first that fails tells why
+            with processes() as group:  # of which the first that fails tells why
                 args = _parser().parse_args(argv)
-                args.run(args)
+                if group.count > 1 and args.command not in SHARED:
+                    raise ValueError("this command works in one process; run it without torchrun")
+                args.command.run(args)
         except OtherProcessError:
             return EXIT_BAD_INPUT
         except _Mistake as mistake:
@@ -74,16 +83,6 @@ class _Parser(ConfigurableParser):
 def _parser() -> argparse.ArgumentParser:
     summary = "Draw samples from diffusion models, train and measure them."
     parser = _Parser(prog=PROG, description=summary)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        added = commands.add_parser(
-            name,
-            help=command.SUMMARY,
-            description=command.SUMMARY,
-            epilog=command.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_options(added)
-        added.set_defaults(run=command.run)
+    add_commands(parser, COMMANDS, "command")
     add_config(parser)
     return parser

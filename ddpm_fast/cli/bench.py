@@ -14,7 +14,6 @@ from .options import add_device, check_writable, device_named, uses_native
 
 SUMMARY = "measure the kernels beside eager PyTorch and the fallback, in a minute"
 EXAMPLES = """\
-examples:
   ddpm-fast bench
   ddpm-fast bench --device cuda --json bench.json"""
 

@@ -10,7 +10,6 @@ from ..checkpoint import BUNDLED
 
 SUMMARY = "tell versions, the backend of each device, bundled models"
 EXAMPLES = """\
-examples:
   ddpm-fast info
   ddpm-fast info --json"""
 

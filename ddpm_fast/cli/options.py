@@ -1,19 +1,53 @@
-"""What the commands share: options, and checks of what they are given before any work is done."""
+"""What the commands share: how they are added, options, and checks before any work is done."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from ..image_io.animation import ANIMATIONS
+from ..network import PRECISIONS
 from ..ops import serves_natively
 from ..processes import local_device
+from ..schedules import TIMESTEP_SPACINGS
 
 PROG = "ddpm-fast"
+
+
+class Command(Protocol):
+    """A module that is a command: what it is for, how it is called, and what it does."""
+
+    SUMMARY: str
+    EXAMPLES: str
+
+    def add_options(self, parser: argparse.ArgumentParser, /) -> None:
+        """Add its options."""
+
+    def run(self, args: argparse.Namespace, /) -> None:
+        """Do what the command line asks for."""
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, commands: Mapping[str, Command], name: str
+) -> None:
+    """Add commands, of which one must be given; ``args.<name>`` is its module."""
+    added = parser.add_subparsers(metavar=name.upper(), required=True)
+    for word, command in commands.items():
+        inner = added.add_parser(
+            word,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(inner)
+        inner.set_defaults(**{name: command})
 
 
 def output_kind(out: str) -> str:
@@ -93,6 +127,72 @@ def device_named(name: str | None) -> torch.device:
 def add_device(parser: argparse._ActionsContainer) -> None:
     """``--device``, for :func:`device_named`."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+
+
+def add_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """``--checkpoint``, for :func:`ddpm_fast.load`."""
+    parser.add_argument(
+        "--checkpoint",
+        default="digits",
+        metavar="NAME|PATH",
+        help="a bundled model or a checkpoint file (default: %(default)s)",
+    )
+
+
+def add_num(parser: argparse._ActionsContainer, meaning: str, default: int | None = None) -> None:
+    """``--num``, of pictures."""
+    parser.add_argument(
+        "--num",
+        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
+        type=count,
+        default=default,
+        metavar="N",
+        help=meaning,
+    )
+
+
+def add_image_size(parser: argparse._ActionsContainer) -> None:
+    """``--image-size``, which a model may know."""
+    parser.add_argument(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help="height and width (default: what the model was made for)",
+    )
+
+
+def add_spacing(parser: argparse._ActionsContainer) -> None:
+    """``--spacing``, beside ``--steps``."""
+    parser.add_argument(
+        "--spacing",
+        choices=TIMESTEP_SPACINGS,
+        default="trailing",
+        help="which timesteps to take where they are fewer (default: %(default)s)",
+    )
+
+
+def add_seed(parser: argparse._ActionsContainer, same: str) -> None:
+    """``--seed``, and what is the same with the same."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help=f"the same seed, the same {same} (default: %(default)s)"
+    )
+
+
+def add_batch(parser: argparse._ActionsContainer, meaning: str) -> None:
+    """``--batch``, of pictures."""
+    parser.add_argument(
+        "--batch", type=count, default=64, metavar="N", help=f"{meaning} (default: %(default)s)"
+    )
+
+
+def add_precision(parser: argparse._ActionsContainer) -> None:
+    """``--precision``, of the network's arithmetic."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the network's arithmetic (default: %(default)s)",
+    )
 
 
 def count(text: str) -> int:

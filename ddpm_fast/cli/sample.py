@@ -19,16 +19,21 @@ from .. import image_io
 from ..checkpoint import Loaded, load
 from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
-from ..network import PRECISIONS
 from ..ops import BACKENDS
 from ..processes import launched, processes
 from ..sampler import sample
-from ..schedules import TIMESTEP_SPACINGS
 from ..sharding import sample_sharded
 from ..solvers import SAMPLERS
 from .film import Film, add_film, check_film
 from .options import (
+    add_batch,
+    add_checkpoint,
     add_device,
+    add_image_size,
+    add_num,
+    add_precision,
+    add_seed,
+    add_spacing,
     check_writable,
     count,
     device_named,
@@ -39,7 +44,6 @@ from .options import (
 
 SUMMARY = "draw samples and write them as pictures"
 EXAMPLES = """\
-examples:
   ddpm-fast sample
   ddpm-fast sample --classes 1,7,7 --num 12 --seed 3 --out sevens.png
   ddpm-fast sample --num 16 --out denoising.gif --frames 60
@@ -56,28 +60,14 @@ interrupted:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     what = parser.add_argument_group("what to draw")
-    what.add_argument(
-        "--checkpoint",
-        default="digits",
-        metavar="NAME|PATH",
-        help="a bundled model or a checkpoint file (default: %(default)s)",
-    )
-    what.add_argument(
-        "--num",
-        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
-        type=count,
-        default=64,
-        metavar="N",
-        help="number of samples (default: %(default)s)",
-    )
+    add_checkpoint(what)
+    add_num(what, "number of samples (default: %(default)s)", default=64)
     what.add_argument(
         "--classes",
         metavar="LIST",
         help="the classes to take in turn, such as 3 or 0-9 or 1,7,7 (default: all the model has)",
     )
-    what.add_argument(
-        "--seed", type=int, default=0, help="the same seed, the same samples (default: %(default)s)"
-    )
+    add_seed(what, "samples")
     what.add_argument(
         "--first-index",
         type=index,
@@ -85,12 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="index of the first sample: a run can be drawn in parts (default: %(default)s)",
     )
-    what.add_argument(
-        "--image-size",
-        type=count,
-        metavar="PIXELS",
-        help="height and width (default: what the model was made for)",
-    )
+    add_image_size(what)
 
     how = parser.add_argument_group("how to draw")
     how.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: %(default)s)")
@@ -103,12 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="noise of ddim: 0 none, 1 as much as ddpm (default: %(default)s)",
     )
-    how.add_argument(
-        "--spacing",
-        choices=TIMESTEP_SPACINGS,
-        default="trailing",
-        help="which timesteps to take where they are fewer (default: %(default)s)",
-    )
+    add_spacing(how)
     how.add_argument(
         "--guidance",
         type=float,
@@ -125,13 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "written with a slash: a PNG per sample (default: %(default)s)",
     )
     add_film(where)
-    where.add_argument(
-        "--batch",
-        type=count,
-        default=64,
-        metavar="N",
-        help="samples drawn at a time; changes no picture (default: %(default)s)",
-    )
+    add_batch(where, "samples drawn at a time; changes no picture")
     where.add_argument(
         "--shard-size",
         type=count,
@@ -140,12 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "samples.npz; skip the shards that are there (default under torchrun: --batch)",
     )
     add_device(where)
-    where.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the network's arithmetic (default: %(default)s)",
-    )
+    add_precision(where)
     where.add_argument("--backend", choices=BACKENDS, default="auto", help="(default: %(default)s)")
 
 

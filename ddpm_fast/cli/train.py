@@ -18,7 +18,6 @@ from .options import PROG, add_device, check_writable, count, device_named, is_f
 
 SUMMARY = "train a model on the digits or on your pictures"
 EXAMPLES = """\
-examples:
   ddpm-fast train digits --out digits.safetensors
   ddpm-fast train photos/ --image-size 64 --classes-from-folders --out photos.safetensors
   ddpm-fast train samples.npz --label-column arr_1 --no-flip --out samples.safetensors

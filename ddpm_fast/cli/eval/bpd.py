@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +15,19 @@ from torch import Tensor
 from ...atomic import atomic_write
 from ...checkpoint import Loaded, load
 from ...likelihood import BitsPerDim, bits_per_dim
-from ...network import PRECISIONS
-from ...schedules import TIMESTEP_SPACINGS
-from ..options import add_device, check_writable, count, device_named
+from ..options import (
+    add_batch,
+    add_checkpoint,
+    add_device,
+    add_image_size,
+    add_num,
+    add_precision,
+    add_seed,
+    add_spacing,
+    check_writable,
+    count,
+    device_named,
+)
 from . import pictures
 
 SUMMARY = "bits per dimension of pictures under a model, by the variational bound"
@@ -28,37 +39,21 @@ DIGIT_LEVELS = 17
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measure."""
-    parser.add_argument(
-        "--checkpoint",
-        default="digits",
-        metavar="NAME|PATH",
-        help="a bundled model or a checkpoint file (default: %(default)s)",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         default="digits",
         metavar=pictures.METAVAR,
         help=f"{pictures.HELP} (default: %(default)s)",
     )
-    parser.add_argument(
-        "--num",
-        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
-        type=count,
-        metavar="N",
-        help="so many of them, taken evenly (default: all)",
-    )
+    add_num(parser, "so many of them, taken evenly (default: all)")
     parser.add_argument(
         "--levels",
         type=count,
         metavar="N",
         help=f"values that a pixel can have (default: {DIGIT_LEVELS} for the digits, else 256)",
     )
-    parser.add_argument(
-        "--image-size",
-        type=count,
-        metavar="PIXELS",
-        help="height and width (default: what the model was made for)",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--classes-from-folders", action="store_true", help="the subfolders are the classes"
     )
@@ -68,26 +63,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=count, metavar="N", help="of a shorter chain (default: all the model's)"
     )
-    parser.add_argument(
-        "--spacing",
-        choices=TIMESTEP_SPACINGS,
-        default="trailing",
-        help="which timesteps to take where they are fewer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed, the same bound (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=count,
-        default=64,
-        metavar="N",
-        help="pictures at a time; changes no bound (default: %(default)s)",
-    )
+    add_spacing(parser)
+    add_seed(parser, "bound")
+    add_batch(parser, "pictures at a time; changes no bound")
     add_device(parser)
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of the network's arithmetic (default: fp32)"
-    )
+    add_precision(parser)
     parser.add_argument("--json", metavar="FILE", help="write every term there too")
 
 
@@ -182,5 +162,5 @@ def _standard_error(found: BitsPerDim) -> float:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those that can stand in JSON: not the functions that argparse keeps there."""
-    return {name: value for name, value in vars(args).items() if not callable(value)}
+    """Those that can stand in JSON: not the modules that are the command."""
+    return {k: value for k, value in vars(args).items() if not isinstance(value, ModuleType)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...data import Dataset
 from ...frechet import Extractor, FeatureStatistics, features_of, frechet_distance, pixels
-from ..options import add_device, count, device_named
+from ..options import add_batch, add_device, device_named
 from .pictures import DIGITS, HELP, METAVAR, add_size, batch_of, batches_of, opened
 
 SUMMARY = "the Fréchet distance between two sets of pictures, on features that you name"
@@ -37,13 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "with pictures [N, C, H, W] in [-1, 1] for features [N, D] (default: %(default)s)",
     )
     add_size(parser)
-    parser.add_argument(
-        "--batch",
-        type=count,
-        default=64,
-        metavar="N",
-        help="pictures at a time (default: %(default)s)",
-    )
+    add_batch(parser, "pictures at a time")
     add_device(parser)
 
 
