@@ -11,8 +11,9 @@ from hypothesis import settings
 from ddpm_fast import _extension
 
 # The same examples on every run, and no deadline: other work may share the machine.
-settings.register_profile("ddpm_fast", derandomize=True, deadline=None, max_examples=60)
-settings.load_profile("ddpm_fast")
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=150)
+settings.load_profile("quick")
 
 needs_native = pytest.mark.skipif(
     not _extension.native_devices, reason=f"no extension: {_extension.reason}"

@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -119,7 +119,6 @@ def unet_options(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-@settings(max_examples=25)
 @given(unet_options())
 def test_our_unet_is_the_same_network(options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -249,7 +249,6 @@ GUIDED = Network(
 )
 
 
-@settings(max_examples=12)
 @example(replace(GUIDED, num_head_channels=16, new_attention_order=True))
 @example(replace(GUIDED, attention=(False, False, True)))
 @example(replace(GUIDED, channels=64, channel_mult=(0.5, 1, 1), num_head_channels=16))

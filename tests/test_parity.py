@@ -23,7 +23,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
 )
 from diffusers.schedulers import scheduling_ddpm
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -52,7 +52,6 @@ UNIFORM = ("leading", "trailing")
 
 # Of the size of the terms that a step adds up: some 10^5 and 100 roundings.
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
-many = settings(max_examples=150)
 precisions = pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float64", "float32"])
 
 
@@ -223,7 +222,6 @@ def check_loop(
 
 
 @precisions
-@many
 @given(runs(VARIANCES), st.data())
 def test_ddpm_step(dtype: torch.dtype, tolerance: float, run: Any, data: st.DataObject) -> None:
     diffusion, timesteps = run
@@ -233,7 +231,6 @@ def test_ddpm_step(dtype: torch.dtype, tolerance: float, run: Any, data: st.Data
 
 
 @precisions
-@many
 @given(runs(VARIANCES))
 def test_ddpm_loop(dtype: torch.dtype, tolerance: float, run: Any) -> None:
     diffusion, timesteps = run
@@ -247,7 +244,6 @@ etas = st.sampled_from([0.0, 0.3, 0.99])
 
 
 @precisions
-@many
 @given(runs(), etas, st.data())
 def test_ddim_step(
     dtype: torch.dtype, tolerance: float, run: Any, eta: float, data: st.DataObject
@@ -259,7 +255,6 @@ def test_ddim_step(
 
 
 @precisions
-@many
 @given(runs(), etas)
 def test_ddim_loop(dtype: torch.dtype, tolerance: float, run: Any, eta: float) -> None:
     diffusion, timesteps = run
@@ -268,7 +263,6 @@ def test_ddim_loop(dtype: torch.dtype, tolerance: float, run: Any, eta: float) -
 
 
 @precisions
-@many
 @given(runs())
 def test_dpmpp_2m_loop(dtype: torch.dtype, tolerance: float, run: Any) -> None:
     diffusion, timesteps = run
@@ -277,7 +271,6 @@ def test_dpmpp_2m_loop(dtype: torch.dtype, tolerance: float, run: Any) -> None:
     check_loop(diffusion, table, dpm_peer(diffusion, timesteps), dtype, tolerance)
 
 
-@many
 @given(runs(predictions=["epsilon"], spacings=UNIFORM))
 def test_ddim_inversion_loop(run: Any) -> None:
     """Where N divides T, or with ``leading``: theirs starts each step at t - T // N.
@@ -343,7 +336,6 @@ def respaced_betas(diffusion: GaussianDiffusion, timesteps: list[int]) -> Tensor
     return torch.tensor([1 - a / b for b, a in pairwise([1.0, *abar])], dtype=torch.float64)
 
 
-@many
 @given(runs(["learned_range"]), st.data())
 def test_learned_range_is_that_of_openai(run: Any, data: st.DataObject) -> None:
     diffusion, timesteps = run

@@ -461,6 +461,11 @@ def test_opcheck(
         torch.library.opcheck(op.reverse_step.out, (*inputs, out, *written))
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["native", pytest.param("reference", marks=pytest.mark.slow)],  # its graph is of hundreds
+    indirect=True,
+)
 def test_no_recompilation_when_the_batch_changes(device: torch.device, backend: str) -> None:
     torch._dynamo.reset()
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -100,7 +100,6 @@ def put(folder: Path, finished: dict[str, bytes]) -> None:
 # --- what is written ----------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
 @given(
     num=st.integers(1, 40),
     shard_size=st.integers(1, 45),
@@ -180,7 +179,6 @@ def test_merging_holds_one_shard_at_a_time(tmp_path: Path) -> None:
 # --- going on -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
 @given(data=st.data())
 def test_what_is_missing_or_damaged_is_drawn_again_and_nothing_else(
     finished: dict[str, bytes], data: st.DataObject
