@@ -14,7 +14,7 @@ import origin
 from ddpm_fast.bench.timing import Call, calls_per_round, clock, rounds_within, seconds_per_call
 
 Race = Callable[..., None]
-SECONDS, SECONDS_IN_FULL = 1.0, 3.0  # for each row
+SECONDS, SECONDS_IN_FULL = 0.7, 3.0  # for each row
 STATISTICS = ("median", "q1", "q3", "min", "max", "rounds", "iterations")
 
 

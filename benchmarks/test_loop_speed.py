@@ -72,7 +72,6 @@ class Chain:
 
 SHORT = [
     Chain("three_convolutions", 1, 32, 50, "cpu"),
-    Chain("three_convolutions", 8, 32, 25, "cpu"),
     Chain("small_unet", 1, 16, 25, "cpu"),
     Chain("three_convolutions", 1, 32, 200, "cuda"),
     Chain("three_convolutions", 16, 32, 200, "cuda"),
@@ -81,6 +80,7 @@ SHORT = [
 ]
 FULL = [
     Chain("three_convolutions", 2, 32, 50, "cpu"),
+    Chain("three_convolutions", 8, 32, 25, "cpu"),
     Chain("three_convolutions", 32, 32, 25, "cpu"),
     Chain("three_convolutions", 1, 64, 50, "cpu"),
     Chain("three_convolutions", 1, 128, 25, "cpu"),

@@ -131,8 +131,9 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The CPU's model, as Linux tells it; elsewhere what Python knows."""
+    """The CPU's model, as Linux tells it, elsewhere as Python does, and its vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
