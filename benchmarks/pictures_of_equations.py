@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from ddpm_fast import GaussianDiffusion, load, sample, sample_progressive
 from ddpm_fast.atomic import atomic_write
 
-from .pictures import PATH, Row, held_out, show
+from .pictures import FOLDER, Row, held_out, show
 from .plots import STYLES
 
 COLUMNS = 10
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=PATH.parent)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     for draw in (schedules, noised, denoised, eta, steps, guidance):
         figure = draw()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import ddpm_fast
 from ddpm_fast import cli
@@ -229,3 +230,21 @@ def test_docstrings_give_the_shape_of_tensors() -> None:
         if takes and not shape and not LINK.search(text):
             missing.append(name)
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "pages"),
+    [("pictures", ["editing", "output"]), ("pictures_of_equations", ["equations"])],
+)
+def test_the_pictures_of_a_page_are_drawn_by_its_script(
+    script: str, pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert importlib.import_module(f"benchmarks.{script}").main(["--out", str(tmp_path)]) == 0
+    shown = "".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in pages)
+    wanted = set(re.findall(r"\]\(images/([\w.-]+)\)", shown))
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20

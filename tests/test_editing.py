@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-import pictures
 from cases import GaussianModel, randn
 from ddpm_fast import GaussianDiffusion, ops, sample
 from ddpm_fast.editing import (
@@ -420,17 +417,3 @@ def test_ends_of_an_interpolation_are_checked() -> None:
         interpolate(MODEL, IMAGE[0], IMAGE[1], 1)
     with pytest.raises(ValueError, match=r"must have one shape; got \[2, 5, 7\] and \[5, 7\]"):
         interpolate(MODEL, IMAGE[0], IMAGE[0, 0], 3)
-
-
-@pytest.mark.slow
-def test_the_pictures_of_the_docs_are_drawn(tmp_path: Path) -> None:
-    assert pictures.main(["--out", str(tmp_path)]) == 0
-    drawn = sorted(tmp_path.iterdir())
-    assert [path.name for path in drawn] == [
-        "denoising.png",
-        "denoising.webp",
-        "editing-digits.png",
-    ]
-    for path in drawn:
-        with Image.open(path) as picture:
-            assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
