@@ -1,6 +1,6 @@
 """What does a digit cost? Bits per dimension of the bundled model, on digits seen and not seen.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bits_per_dim [--fresh] [--pictures 64]
+    OMP_NUM_THREADS=1 python -m benchmarks.bits_per_dim [--fresh] [--pictures 128]
 
 Each run is one half of the digits and one number of steps, and is added to
 benchmarks/results/bits-per-dim.json when it is done; those that are there are kept, so that this
@@ -14,43 +14,41 @@ bound is on p(picture | label).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ddpm_fast import load
-from ddpm_fast.data import TensorDataset, digits
+from ddpm_fast.cli.eval.bpd import evenly
+from ddpm_fast.cli.eval.pictures import batch_of
+from ddpm_fast.data import digits
 from ddpm_fast.likelihood import bits_per_dim
 
 from .bits_per_dim_plot import draw
 from .origin import commit_info, machine_info, origin
 from .report import BITS_PER_DIM, ROOT, replace_between_markers
+from .runs import Key, Run, Runs, completed
 
 PARTS = ("held_out", "train")
 STEPS = (5, 10, 20, 50, 100, 200, 1000)
 LEVELS = 17
 FINE = 10  # timesteps whose noise is smaller than half the step between two levels
-Run = dict[str, Any]
-Runs = dict[tuple[str, int], Run]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing and rewrite the page; 0 if that could be done."""
     args = options(argv)
     results = args.root / "benchmarks" / "results" / BITS_PER_DIM
-    runs = {} if args.fresh or not results.exists() else read(results)
-    for steps, part in product(STEPS, PARTS):
-        if (part, steps) not in runs:
-            runs[part, steps] = measured(part, steps, args.pictures)
-            write(results, runs)
+    wanted = [(part, steps) for steps, part in product(STEPS, PARTS)]
+    measure = partial(measured, pictures=args.pictures)
+    runs = completed(results, wanted, measure, key, fresh=args.fresh)
 
     draw(runs, independent_pixels(), args.root / "docs" / "images")
     page = args.root / "docs" / "evaluation.md"
@@ -66,7 +64,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--fresh", action="store_true", help="measure all anew")
-    parser.add_argument("--pictures", type=int, default=64, help="of each half (default: 64)")
+    parser.add_argument("--pictures", type=int, default=128, help="of each half (default: 128)")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to read and write")
     return parser.parse_args(argv)
 
@@ -75,7 +73,8 @@ def measured(part: str, steps: int, pictures: int) -> Run:
     """One run, with all that tells where its figures are from."""
     commit = commit_info()
     model, diffusion = load("digits")
-    images, labels = evenly(digits(part), pictures)
+    half = digits(part)
+    images, labels = batch_of(half, evenly(len(half), pictures))
     found = bits_per_dim(
         model,
         diffusion,
@@ -100,13 +99,6 @@ def measured(part: str, steps: int, pictures: int) -> Run:
     }
 
 
-def evenly(dataset: TensorDataset, count: int) -> tuple[Tensor, Tensor]:
-    """So many of the pictures, from the first to the last, and their labels."""
-    assert dataset.labels is not None
-    chosen = torch.linspace(0, len(dataset) - 1, count).round().long()
-    return dataset.images[chosen], dataset.labels[chosen]
-
-
 def independent_pixels() -> float:
     """Bits per dimension of the held-out digits without a network: each pixel by its frequencies.
 
@@ -123,16 +115,9 @@ def level_of(images: Tensor) -> Tensor:
     return ((images.flatten(1) + 1) / 2 * (LEVELS - 1)).round().long()
 
 
-def read(path: Path) -> Runs:
-    """The runs so far."""
-    runs: list[Run] = json.loads(path.read_text(encoding="utf-8"))
-    return {(run["part"], run["steps"]): run for run in runs}
-
-
-def write(path: Path, runs: Runs) -> None:
-    """All runs, one a line."""
-    lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs.values())
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+def key(run: Run) -> Key:
+    """Which half, and its steps."""
+    return run["part"], run["steps"]
 
 
 def report(runs: Runs) -> str:

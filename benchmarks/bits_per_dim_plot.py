@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -11,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from . import plots  # noqa: F401 (its look)
-
-Run = dict[str, Any]
-Runs = dict[tuple[str, int], Run]
+from .runs import Runs
 
 NO_NETWORK = "held-out digits without a network, pixel by pixel"
 STYLES = {"held_out": ("held-out digits", "#D55E00"), "train": ("training digits", "#0072B2")}

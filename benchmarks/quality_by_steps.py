@@ -11,7 +11,6 @@ docs/samplers.md, and its plot and its picture in docs/images/.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -21,8 +20,9 @@ from typing import Any
 from .origin import commit_info, machine_info, origin
 from .quality import MAX_FRECHET_RATIO, MIN_LABELLED, MIN_NEIGHBOUR_RATIO, draw_samples, measure
 from .quality import options as quality_options
-from .quality_plots import Run, Runs, draw
+from .quality_plots import draw
 from .report import QUALITY_BY_STEPS, ROOT, replace_between_markers
+from .runs import Key, Run, Runs, completed
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 STEPS = (5, 10, 20, 50, 1000)
@@ -50,11 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     results = args.root / "benchmarks" / "results" / QUALITY_BY_STEPS
-    runs = {} if args.fresh or not results.exists() else read(results)
-    for steps, sampler in product(STEPS, SAMPLERS):
-        if (sampler, steps) not in runs:
-            runs[sampler, steps] = measured(sampler, steps)
-            write(results, runs)
+    wanted = [(sampler, steps) for steps, sampler in product(STEPS, SAMPLERS)]
+    runs = completed(results, wanted, measured, key, fresh=args.fresh)
 
     draw(runs, args.root / "docs" / "images")
     page = args.root / "docs" / "samplers.md"
@@ -76,16 +73,9 @@ def measured(sampler: str, steps: int) -> Run:
     }
 
 
-def read(path: Path) -> Runs:
-    """The runs so far."""
-    runs: list[Run] = json.loads(path.read_text(encoding="utf-8"))
-    return {(run["options"]["sampler"], run["options"]["steps"]): run for run in runs}
-
-
-def write(path: Path, runs: Runs) -> None:
-    """All runs, one a line."""
-    lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs.values())
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+def key(run: Run) -> Key:
+    """Its sampler and steps."""
+    return run["options"]["sampler"], run["options"]["steps"]
 
 
 def target(runs: Runs) -> str:

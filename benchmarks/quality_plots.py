@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,12 +22,7 @@ from ddpm_fast import load, sample
 
 from . import plots  # noqa: F401 (its look)
 from .quality import MAX_FRECHET_RATIO, MIN_LABELLED, MIN_NEIGHBOUR_RATIO
-
-Run = dict[str, Any]
-"""The options of one run, its figures by name, and where it was done."""
-
-Runs = dict[tuple[str, int], Run]
-"""By sampler and steps."""
+from .runs import Runs
 
 STYLES = {
     "ddpm": ("DDPM", "#0072B2", "o"),

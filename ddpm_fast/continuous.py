@@ -7,7 +7,7 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsIndex
 from weakref import WeakValueDictionary
 
@@ -30,7 +30,7 @@ class _Request:
     seed: Tensor
     index: int
     key: Hashable  # of its table
-    table: StepTable
+    table: StepTable  # its rows rounded
     steps_left: int
     label: Tensor | None
     guidance_scale: float
@@ -233,12 +233,15 @@ class ContinuousSampler:
         if table is None:
             options = {"eta": eta, "timestep_spacing": spacing}
             table = step_table(self.diffusion, sampler, num_steps, **options)  # type: ignore[arg-type]
+            # Here, not when it is laid out: what cannot be rounded would then fail all requests.
+            table = replace(table, rows=table.to(torch.device("cpu"), self.rows.dtype))
             self._tables[key] = table
         return key, table
 
     def _checked_label(self, label: int | None) -> Tensor | None:
-        others = self._active or self._waiting
-        if others and (others[0].label is None) != (label is None):
+        others = itertools.chain(self._active, self._waiting)
+        other = next((request for request in others if not request.cancelled), None)
+        if other is not None and (other.label is None) != (label is None):
             raise ValueError("all requests that share a sampler have a class_label, or none has")
         if label is None:
             if self.guided:
@@ -261,8 +264,7 @@ class ContinuousSampler:
         """The rows of these requests' tables one behind the other, and no others."""
         tables = {request.key: request.table for request in requests}
         starts = itertools.accumulate(map(len, tables.values()), initial=0)
-        to = self.rows.device, self.rows.dtype
-        self.rows = torch.cat([table.to(*to) for table in tables.values()])
+        self.rows = torch.cat([table.rows for table in tables.values()]).to(self.rows.device)
         self._first_rows = dict(zip(tables, starts, strict=False))
         for slot, request in enumerate(self._active):
             self._steps[self._turn, slot] = self._row_of(request)

@@ -45,7 +45,7 @@ class FeatureStatistics:
         if dimensions > _MOST_FEATURES:
             raise ValueError(
                 f"{dimensions} features are more than the {_MOST_FEATURES} whose covariance can be "
-                "worked with: take smaller pictures (--image-size) or another extractor"
+                "worked with: take smaller pictures or another extractor"
             )
         self.count = 0
         self.mean = torch.zeros(dimensions, dtype=torch.float64, device="cpu")
@@ -81,8 +81,8 @@ class FeatureStatistics:
         count = self.count + len(features)
         mean = features.mean(dim=0)
         centred, moved = features - mean, mean - self.mean
-        self._scatter += centred.T @ centred
-        self._scatter += torch.outer(moved, moved) * (self.count * len(features) / count)
+        self._scatter.addmm_(centred.T, centred)  # in place: it may take gigabytes
+        self._scatter.addr_(moved, moved, alpha=self.count * len(features) / count)
         self.mean = self.mean + moved * (len(features) / count)
         self.count = count
 
@@ -165,8 +165,10 @@ def features_of(extractor: Extractor, images: Tensor, *, batch_size: int = 64) -
         batch_size: pictures that the extractor is given at a time.
 
     Raises:
-        ValueError: the extractor returns anything but ``[N, D]``.
+        ValueError: ``batch_size`` is below 1, or the extractor returns anything but ``[N, D]``.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         with evaluating(extractor), torch.no_grad():
@@ -185,7 +187,9 @@ def pixels(images: Tensor) -> Tensor:
 def _checked(features: Features) -> Tensor:
     features = torch.as_tensor(features).detach().to("cpu", torch.float64)
     if features.dim() != 2 or 0 in features.shape:
-        raise ValueError(f"features must be [N, D], none of them 0; got {list(features.shape)}")
+        raise ValueError(
+            f"features must be [N, D], no dimension of size 0; got {list(features.shape)}"
+        )
     if not bool(features.isfinite().all()):
         raise ValueError("features must be finite")
     return features

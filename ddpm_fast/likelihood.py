@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -103,25 +103,13 @@ def bits_per_dim(
         levels=levels,
         backend=backend,
     )
-
-    prior = torch.empty(len(images), dtype=torch.float64)
-    terms = torch.empty(len(images), len(bound.timesteps), dtype=torch.float64)
     steps = math.ceil(len(images) / batch_size) * len(bound.timesteps)
     with evaluating(model), tqdm(total=steps, disable=not progress) as bar:
-        for start in range(0, len(images), batch_size):
-            chosen = slice(start, start + batch_size)
-            kwargs = {} if labels is None else {"class_labels": labels[chosen].to(bound.device)}
-            with torch.inference_mode(), bound.network.autocast():
-                x_start = bound.moved(images[chosen])
-                prior[chosen] = bound.prior(x_start)
-                for k, term in enumerate(bound.terms(x_start, kwargs, seed, first + start)):
-                    terms[chosen, k] = term
-                    bar.update()
-    return BitsPerDim(prior + terms.sum(dim=1), prior, terms, bound.timesteps)
+        return bound.of(images, labels, seed, first, batch_size, bar)
 
 
 class _Bound:
-    """The terms of the bound for one batch after the other, ``[N]`` each, in bits per dimension.
+    """The bound and its terms, ``[N]`` each, in bits per dimension.
 
     The arithmetic is float64, whatever the network's.
     """
@@ -144,6 +132,29 @@ class _Bound:
         self.timesteps = table.timesteps
         self.levels = levels
         self.backend = backend
+
+    def of(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        first: int,
+        batch_size: int,
+        bar: tqdm[NoReturn],
+    ) -> BitsPerDim:
+        """All terms, batch by batch."""
+        prior = torch.empty(len(images), dtype=torch.float64)
+        terms = torch.empty(len(images), len(self.timesteps), dtype=torch.float64)
+        for start in range(0, len(images), batch_size):
+            chosen = slice(start, start + batch_size)
+            kwargs = {} if labels is None else {"class_labels": labels[chosen].to(self.device)}
+            with torch.inference_mode(), self.network.autocast():
+                x_start = self.moved(images[chosen])
+                prior[chosen] = self.prior(x_start)
+                for k, term in enumerate(self.terms(x_start, kwargs, seed, first + start)):
+                    terms[chosen, k] = term
+                    bar.update()
+        return BitsPerDim(prior + terms.sum(dim=1), prior, terms, self.timesteps)
 
     def moved(self, images: Tensor) -> Tensor:
         """Where and in what type the noise is added."""
@@ -208,8 +219,8 @@ def _chain(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> GaussianDi
 def _check_pictures(images: Tensor, levels: int) -> None:
     if images.dim() < 2 or 0 in images.shape or not images.is_floating_point():
         raise ValueError(
-            "bits_per_dim: images must be floating-point numbers [N, C, ...], none of them 0; "
-            f"got {images.dtype} of shape {list(images.shape)}"
+            "bits_per_dim: images must be floating-point numbers [N, C, ...], "
+            f"no dimension of size 0; got {images.dtype} of shape {list(images.shape)}"
         )
     if levels < 2:
         raise ValueError(f"bits_per_dim: levels must be at least 2; got {levels}")

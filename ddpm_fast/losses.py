@@ -26,8 +26,17 @@ def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
         snr: abar / (1 - abar), of any shape, which the weight has too.
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
         gamma: 5 in the paper.
+
+    Raises:
+        ValueError: an unknown prediction type.
     """
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1)
     clipped = snr.clamp(max=gamma)
-    return clipped if prediction_type == "sample" else clipped / (snr + 1)
+    if prediction_type == "sample":
+        return clipped
+    if prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    raise ValueError(
+        f"prediction_type must be one of epsilon, sample, v_prediction; got {prediction_type!r}"
+    )

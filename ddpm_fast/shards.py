@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .atomic import atomic_write, remove_leftovers
+from .image_io.npz import write_npz
 
 _SEAL_SIZE = 2 * hashlib.sha256().digest_size  # in hexadecimal digits
 
@@ -155,10 +156,8 @@ class ShardFolder:
         Raises:
             OSError: it cannot be written.
         """
-        labels = self.run.labels(shard)
-        arrays = [images] if labels is None else [images, np.array(labels, dtype=np.int64)]
         buffer = io.BytesIO()
-        np.savez(buffer, *arrays)
+        write_npz(buffer, [images], len(images), self.run.labels(shard))
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.comment = bytes(_SEAL_SIZE)
         content = buffer.getvalue()[:-_SEAL_SIZE]
@@ -174,17 +173,9 @@ class ShardFolder:
             ValueError: a shard is not as it was written.
             OSError: a shard is missing, or the file cannot be written.
         """
-        channels, *size = self.run.image_shape
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.run.num, *size, channels)}
-        with atomic_write(self.merged) as file, zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for shard in self.run.shards():
-                    member.write(self._images(shard).data)
-            if self.run.class_labels is not None:
-                with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                    labels = np.array(self.run.class_labels, dtype=np.int64)
-                    np.lib.format.write_array(member, labels)
+        parts = map(self._images, self.run.shards())
+        with atomic_write(self.merged) as file:
+            write_npz(file, parts, self.run.num, self.run.class_labels)
 
     def _is_damaged(self, shard: range) -> bool:
         try:

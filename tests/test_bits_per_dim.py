@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -59,18 +58,14 @@ def test_a_run_is_measured_written_and_kept(
     assert benchmark_of_bits.main(command) == 0
 
 
-def test_pictures_are_taken_evenly(benchmark_of_bits: ModuleType) -> None:
-    half = benchmark_of_bits.digits("train")
-    images, labels = benchmark_of_bits.evenly(half, 3)
-    chosen = [0, 448, 897]
-    assert torch.equal(images, half.images[chosen]) and torch.equal(labels, half.labels[chosen])
-
-
 def test_independent_pixels_cost_less_than_levels_alone(benchmark_of_bits: ModuleType) -> None:
     assert 2 < benchmark_of_bits.independent_pixels() < math.log2(17)
 
 
 def test_the_page_is_up_to_date(benchmark_of_bits: ModuleType) -> None:
-    runs = benchmark_of_bits.read(ROOT / "benchmarks" / "results" / "bits-per-dim.json")
+    from benchmarks.runs import read
+
+    results = ROOT / "benchmarks" / "results" / "bits-per-dim.json"
+    runs = read(results, benchmark_of_bits.key)
     page = (ROOT / "docs" / "evaluation.md").read_text()
     assert benchmark_of_bits.report(runs) in page

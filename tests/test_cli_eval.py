@@ -94,6 +94,11 @@ def test_the_bound_is_that_of_the_library(
     assert lines == table(wanted).splitlines()
 
 
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (3, [0, 448, 897])])
+def test_pictures_are_taken_evenly(count: int, chosen: list[int]) -> None:
+    assert evenly(898, count).tolist() == chosen
+
+
 def test_too_large_a_batch_is_a_sentence(
     separate_model: tuple[nn.Module, GaussianDiffusion],
     monkeypatch: pytest.MonkeyPatch,
@@ -146,6 +151,18 @@ def test_labels_of_an_npz(capsys: pytest.CaptureFixture[str]) -> None:
     image_io.save_npz(train.images[:4], "four.npz", labels=train.labels[:4])
     assert run("bpd --data four.npz --label-column arr_1 --steps 2") == 0
     assert "4 pictures of four.npz, with labels, 256 levels" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("separate_model")
+@pytest.mark.parametrize(("classes", "status"), [(10, 0), (11, 2)])
+def test_a_class_that_the_model_does_not_know_is_not_its_null_label(
+    current_folder: Path, classes: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(classes):
+        image_io.save_images(torch.zeros(1, 1, 8, 8), current_folder / "data" / f"{number:02}")
+    assert run("bpd --data data --classes-from-folders --steps 2") == status
+    sentence = "ddpm-fast: error: data: has 11 classes, of which the model knows 10\n"
+    assert capsys.readouterr().err == (sentence if status else "")
 
 
 def test_a_checkpoint_file_without_classes(
@@ -247,6 +264,21 @@ def test_an_extractor_that_fails_is_a_sentence(
     )
 
 
+@pytest.mark.parametrize("line", ["one.npz digits", "digits one.npz"])
+def test_one_picture_is_refused_before_any_features_are_extracted(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def extractor(images: Tensor) -> Tensor:
+        raise AssertionError("extracted")
+
+    monkeypatch.setattr(cli.eval.frechet, "pixels", extractor)
+    image_io.save_npz(torch.zeros(1, 1, 8, 8), "one.npz")
+    assert run(f"frechet {line}") == 2
+    assert capsys.readouterr().err == (
+        "ddpm-fast: error: one.npz: the distance needs two pictures or more; got 1\n"
+    )
+
+
 # --- the npz of FID tools ---------------------------------------------------------------------
 
 
@@ -287,7 +319,11 @@ def test_a_folder_becomes_an_npz(
             "frechet digits digits --features torch:exp",
             "the extractor must return features [64, D]",
         ),
-        ("frechet colours colours --image-size 128", "49152 features are more than the 32768"),
+        (
+            "frechet colours colours --image-size 128",
+            "49152 features are more than the 32768 whose covariance can be worked with: "
+            "take smaller pictures or another extractor (--image-size, --features)",
+        ),
         ("npz colours --out x.npz", "colours: choose the size of its pictures with --image-size"),
         ("npz digits --out x.png", "--out x.png must end in .npz"),
         ("npz digits --out no/x.npz", "--out no/x.npz: cannot write in no"),

@@ -207,6 +207,15 @@ def test_bad_requests_are_refused(request_: dict[str, Any], sentence: str) -> No
     assert str(error.value) == sentence and len(sampler) == 1
 
 
+def test_a_table_that_cannot_be_rounded_is_refused_before_it_fails_others() -> None:
+    diffusion = GaussianDiffusion.from_schedule("linear", 20_000)
+    sampler = ContinuousSampler(lambda x, t: x, SHAPE, max_batch=2, diffusion=diffusion)
+    ticket = sampler.submit(seed=0, timestep_spacing=[50, 0])
+    with pytest.raises(ValueError, match="step at timestep 19999 that is not finite in float32"):
+        sampler.submit(seed=0, timestep_spacing=[19_999, 0])
+    assert [number for number, _ in sampler.run()] == [ticket]
+
+
 def test_a_learned_variance_needs_its_channels(backend: str) -> None:
     """A request is not lost by an error: it goes on where it was."""
     learned = GaussianDiffusion(variance_type="learned_range")
@@ -284,6 +293,29 @@ def test_requests_may_be_cancelled() -> None:
     for ticket, picture in finished.items():
         assert torch.equal(picture, alone(MODEL, requests[ticket], diffusion=DIFFUSION))
     assert not sampler.cancel(tickets[1])
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+@pytest.mark.parametrize(("first", "second"), [(None, 3), (3, None)])
+def test_labels_need_not_be_as_those_of_cancelled_requests(
+    first: int | None, second: int | None, under_way: bool
+) -> None:
+    def network(
+        x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        labels.append(None if class_labels is None else class_labels.tolist())
+        return x
+
+    labels: list[list[int] | None] = []
+    sampler = ContinuousSampler(network, SHAPE, max_batch=2, diffusion=DIFFUSION)
+    cancelled = sampler.submit(seed=0, num_steps=2, class_label=first)
+    if under_way:
+        sampler.step()
+    assert sampler.cancel(cancelled)
+    labels.clear()
+    ticket = sampler.submit(seed=0, num_steps=1, class_label=second)
+    assert [number for number, _ in sampler.run()] == [ticket]
+    assert labels == [None if second is None else [second]]
 
 
 def test_a_request_that_could_not_be_begun_waits_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,35 @@ def test_quotations_are_in_their_files(file: Path, code: str) -> None:
     assert unindented(code) in unindented(file.read_text())
 
 
+def functions_of(file: Path) -> set[str]:
+    """Their names, a method's behind that of its class."""
+    tree = ast.parse(file.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        prefix + node.name
+        for prefix, owner in [("", tree), *((f"{node.name}.", node) for node in classes)]
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+# As in "`q_sample`, [ddpm_fast/reference.py](...)", or in "`normals` in `ddpm_fast/reference.py`".
+NAMED = re.compile(r"`([\w.]+)`[\w ]*(?:,\s\[| in `)(ddpm_fast/[\w/]+\.py)")
+FUNCTIONS = {
+    (file, name.removeprefix(f"{Path(file).stem}."))
+    for page in DOCS.glob("*.md")
+    for name, file in NAMED.findall(page.read_text())
+}
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(FUNCTIONS))
+def test_functions_are_in_the_files_that_pages_name(file: str, name: str) -> None:
+    assert name in functions_of(ROOT / file)
+
+
 def test_every_formula_has_its_lines() -> None:
     """Between a formula of docs/equations.md and the next heading, code of Python and a kernel."""
-    assert len(QUOTATIONS) > 30
+    assert len(QUOTATIONS) > 30 and len(FUNCTIONS) > 15
     text = (DOCS / "equations.md").read_text()
     formulas = text.split("$$\n")
     assert len(formulas) % 2 == 1, "a formula is not closed"

@@ -138,8 +138,8 @@ def test_features_come_in_batches_from_a_network_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("x", "sentence"),
     [
-        (torch.zeros(3), r"features must be \[N, D\], none of them 0; got \[3\]"),
-        (torch.zeros(0, 2), r"features must be \[N, D\], none of them 0; got \[0, 2\]"),
+        (torch.zeros(3), r"features must be \[N, D\], no dimension of size 0; got \[3\]"),
+        (torch.zeros(0, 2), r"features must be \[N, D\], no dimension of size 0; got \[0, 2\]"),
         (torch.full((2, 2), math.nan), "features must be finite"),
         (torch.zeros(1, 2), "a covariance needs at least two samples; got 1"),
         (
@@ -163,9 +163,15 @@ def test_moments_that_are_not_finite(place: int, value: float) -> None:
 
 
 def test_too_many_features_are_refused_before_their_covariance_is_made() -> None:
-    sentence = "786432 features are more than the 32768 .* smaller pictures .* another extractor"
+    sentence = "786432 features are more than the 32768 .* smaller pictures or another extractor$"
     with pytest.raises(ValueError, match=sentence):
         FeatureStatistics.of(features_of(pixels, torch.zeros(2, 3, 512, 512)))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_of_no_pictures_are_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"^batch_size must be at least 1; got {batch_size}$"):
+        list(features_of(pixels, torch.zeros(2, 3, 4, 4), batch_size=batch_size))
 
 
 def test_batches_that_do_not_fit() -> None:

@@ -22,6 +22,7 @@ from ddpm_fast.image_io import (
     save_strip,
     to_uint8,
 )
+from ddpm_fast.image_io.npz import write_npz
 from ddpm_fast.image_io.painting import GAP, LABEL_HEIGHT, PAPER
 
 WRITERS = {
@@ -439,6 +440,17 @@ def test_npz_reads_back(tmp_path: Path, labels: Any) -> None:
             assert archive.files == ["arr_0", "arr_1"]
             assert archive["arr_1"].dtype == np.int64
             assert archive["arr_1"].tolist() == [4, 9, 4]
+
+
+@pytest.mark.parametrize("labels", [None, [4, 9, 4, 0, 1]])
+@pytest.mark.parametrize("sizes", [[5], [2, 2, 1]])
+def test_an_npz_in_parts_is_numpys_own(sizes: list[int], labels: list[int] | None) -> None:
+    images = to_uint8(some_images(5, 3, 4, 2))
+    whole, in_parts = io.BytesIO(), io.BytesIO()
+    np.savez(whole, *([images] if labels is None else [images, np.array(labels)]))
+    parts = iter(np.split(images, np.cumsum(sizes)[:-1]))
+    assert write_npz(in_parts, parts, 5, labels) == images.shape
+    assert in_parts.getvalue() == whole.getvalue()
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

@@ -320,7 +320,7 @@ def test_a_network_is_fed_in_its_own_type_in_eval_mode(dtype: torch.dtype) -> No
         ({"images": pictures(2) * math.nan}, "each pixel must be one of 256 levels"),
         ({"levels": 1}, "levels must be at least 2; got 1"),
         ({"images": pictures(2).long()}, "must be floating-point numbers .* got torch.int64"),
-        ({"images": pictures(2)[:0]}, r"none of them 0; got .* \[0, 1, 4, 4\]"),
+        ({"images": pictures(2)[:0]}, r"no dimension of size 0; got .* \[0, 1, 4, 4\]"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\); got -1"),
         ({"first_index": -1}, "first_index must lie in"),

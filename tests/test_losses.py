@@ -74,6 +74,12 @@ def test_min_snr_at_zero_terminal_snr_is_finite() -> None:
     assert weights == [1, 0, 0]
 
 
+def test_min_snr_of_an_unknown_prediction_is_refused() -> None:
+    sentence = "prediction_type must be one of epsilon, sample, v_prediction; got 'v'"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        min_snr_weight(torch.ones(1), "v", 5.0)
+
+
 class Outputs(nn.Module):
     """Learns its very output: 2C channels, prediction and variance."""
 

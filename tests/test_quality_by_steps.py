@@ -64,8 +64,10 @@ def commits(checkout: Path) -> dict[tuple[str, int], str]:
 def test_runs_that_are_there_are_kept(
     by_steps: ModuleType, checkout: Path, options: tuple[str, ...], kept: bool
 ) -> None:
+    from benchmarks.runs import write
+
     old = {("ddim", 10): run("ddim", 10, commit="old")}
-    by_steps.write(checkout / "benchmarks/results/quality-by-steps.json", old)
+    write(checkout / "benchmarks/results/quality-by-steps.json", old)
     assert by_steps.main([*options, "--root", str(checkout)]) == 0
     found = commits(checkout)
     assert found.keys() == {(name, steps) for name in by_steps.SAMPLERS for steps in by_steps.STEPS}
@@ -107,7 +109,9 @@ def test_the_table_tells_what_misses_its_bound(by_steps: ModuleType) -> None:
 
 
 def test_the_page_is_up_to_date(by_steps: ModuleType) -> None:
-    runs = by_steps.read(ROOT / "benchmarks" / "results" / "quality-by-steps.json")
+    from benchmarks.runs import read
+
+    runs = read(ROOT / "benchmarks" / "results" / "quality-by-steps.json", by_steps.key)
     page = (ROOT / "docs" / "samplers.md").read_text()
     parts = by_steps.target(runs), by_steps.table(runs), by_steps.origin(runs.values())
     assert all(part in page for part in parts)

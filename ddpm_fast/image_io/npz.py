@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +36,46 @@ def save_npz(
         ValueError: The images are not as above, or N labels were not given.
         OSError: The file cannot be written.
     """
-    arrays: list[npt.NDArray[np.generic]] = [to_uint8(images)]
+    pixels, classes = to_uint8(images), None
     if labels is not None:
-        arrays.append(torch.as_tensor(labels, dtype=torch.int64, device="cpu").numpy())
-        if arrays[1].shape != (len(images),):
+        classes = torch.as_tensor(labels, dtype=torch.int64, device="cpu").numpy()
+        if classes.shape != (len(images),):
             raise ValueError(
                 f"save_npz: labels must be one per image, [{len(images)}]; "
-                f"got the shape {list(arrays[1].shape)}"
+                f"got the shape {list(classes.shape)}"
             )
     with atomic_write(path) as file:
-        np.savez(file, *arrays)  # dates every member 1980-01-01
+        write_npz(file, [pixels], len(images), classes)
+
+
+def write_npz(
+    file: IO[bytes],
+    parts: Iterable[npt.NDArray[np.uint8]],
+    count: int,
+    labels: npt.NDArray[np.int64] | Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Write the bytes of ``np.savez(file, images, labels)``, one part of the images at a time.
+
+    Args:
+        file: open for writing.
+        parts: uint8 [n, H, W, C], one at least; each is asked for when the last one is written.
+        count: the number N of images in all parts together.
+        labels: the class of each image, [N].
+
+    Returns:
+        The shape of all images together.
+    """
+    shape: tuple[int, ...] = ()
+    # It dates every member 1980-01-01.
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            for part in parts:
+                if not shape:
+                    shape = (count, *part.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                member.write(np.ascontiguousarray(part).data)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+    return shape

@@ -114,10 +114,15 @@ def _chosen(args: argparse.Namespace, model: Loaded) -> tuple[Tensor, Tensor | N
     size = args.image_size or getattr(model, "image_size", None)
     columns = {"class_labels": args.classes_from_folders, "label_column": args.label_column}
     dataset = pictures.opened(args.data, size, model.in_channels, **columns)
+    known = getattr(model, "num_classes", None)
+    # The class behind the model's own would pass: it is the null label.
+    if known is not None and (dataset.num_classes or 0) > known:
+        raise ValueError(
+            f"{args.data}: has {dataset.num_classes} classes, of which the model knows {known}"
+        )
     number = min(args.num or len(dataset), len(dataset))
     images, labels = pictures.batch_of(dataset, evenly(len(dataset), number))
-    has_classes = getattr(model, "num_classes", None) is not None
-    return images, labels if has_classes else None
+    return images, None if known is None else labels
 
 
 def evenly(length: int, count: int) -> Tensor:

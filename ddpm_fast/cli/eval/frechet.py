@@ -49,10 +49,16 @@ def run(args: argparse.Namespace) -> None:
         extractor = extractor.to(device)
     size, channels = _size(args)
     sets = [opened(data, size, channels) for data in (args.samples, args.reference)]
+    for data, found in zip((args.samples, args.reference), sets, strict=True):
+        if len(found) < 2:
+            raise ValueError(f"{data}: the distance needs two pictures or more; got {len(found)}")
     of_samples, of_reference = (_features(args, extractor, data, device) for data in sets)
     first = next(of_samples)
     dimensions = first.shape[1]
-    samples, reference = FeatureStatistics(dimensions), FeatureStatistics(dimensions)
+    try:
+        samples, reference = FeatureStatistics(dimensions), FeatureStatistics(dimensions)
+    except ValueError as error:
+        raise ValueError(f"{error} (--image-size, --features)") from None
     _warn_of_few_pictures(dimensions, *map(len, sets))
     for features in itertools.chain([first], of_samples):
         samples.update(features)

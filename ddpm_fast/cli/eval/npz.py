@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
-
 from ...atomic import atomic_write
 from ...image_io import to_uint8
+from ...image_io.npz import write_npz
 from ..options import check_writable
 from .pictures import HELP, METAVAR, add_size, batch_of, batches_of, opened
 
@@ -30,9 +29,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} must end in .npz")
     check_writable(args.out)
     dataset = opened(args.data, args.image_size, args.channels)
-    # Bytes at once, not numbers: reference sets are large.
-    parts = [to_uint8(batch_of(dataset, few)[0]) for few in batches_of(dataset, _BATCH)]
-    images = np.concatenate(parts)
+    # One at a time: reference sets are large.
+    parts = (to_uint8(batch_of(dataset, few)[0]) for few in batches_of(dataset, _BATCH))
     with atomic_write(args.out) as file:
-        np.savez(file, images)  # dates every member 1980-01-01
-    print(f"{args.out}: {len(images)} pictures of {args.data}, uint8 {list(images.shape)}")
+        shape = write_npz(file, parts, len(dataset))
+    print(f"{args.out}: {len(dataset)} pictures of {args.data}, uint8 {list(shape)}")
