@@ -290,6 +290,7 @@ def test_digits_recipe_is_the_bundled_models() -> None:
     assert bundled.step == config.num_steps
     assert TrainConfig.from_description(bundled.training) == config
     assert bundled.training == config.description() | {
+        "dataset": dataset.description(),
         "dataset_size": len(dataset),
         "torch": bundled.training["torch"],
     }
