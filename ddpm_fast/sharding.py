@@ -78,6 +78,7 @@ def sample_sharded(
         TypeError: an argument of another type, likewise.
         OSError: a file cannot be written; those that were are whole.
         OtherProcessError: another process raised one of these.
+        ConnectionError: another process has ended, or can no longer be reached.
         KeyboardInterrupt: on Ctrl-C, telling how to go on.
     """
     options = {

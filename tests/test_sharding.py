@@ -711,7 +711,8 @@ def test_processes_share_a_run_and_its_errors(tmp_path: Path, finished: dict[str
     assert broken.startswith("ValueError: to_uint8: images must not hold NaN; 5 of 5 do")
     for ours, theirs in zip(first[1:4], second[1:4], strict=True):
         assert ours == theirs.replace("ValueError: ", "OtherProcessError: process 1: ")
-    assert first[5:] == ["OtherProcessError: another process has ended"] and second[5:] == []
+    lost = "ConnectionError: the connection to another process was lost"
+    assert first[5:] == [lost] and second[5:] == []
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -742,6 +743,66 @@ def test_one_process_alone_tells_a_mistake(command: str, sentence: str, tmp_path
     assert [process.returncode for process in both] == [2, 2]
     (line,) = lines_of("".join(told))
     assert line.startswith(f"ddpm-fast: error: {sentence}")
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_for_help_succeed() -> None:
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", "sample", "--help"],
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+        )
+        for environment in small_training.environments(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+
+
+DIES = """
+import os
+from ddpm_fast.processes import processes
+
+with processes() as group:
+    group.gather(None)
+    os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_that_a_process_was_killed_is_told_by_one_that_is_left(tmp_path: Path) -> None:
+    environments = small_training.environments(3)
+    dying = subprocess.Popen([sys.executable, "-c", DIES], env=os.environ | environments.pop())
+    left = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", *DIGITS.split(), "--device=cpu", "--out=run/"],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    told = [process.communicate(timeout=300)[1] for process in left]
+    assert [process.wait() for process in (*left, dying)] == [2, 2, 9]
+    lost = "ddpm-fast: error: the connection to another process was lost"
+    assert lines_of("".join(told)) == [lost]
+
+
+TWO_GROUPS = """
+from ddpm_fast.processes import processes
+
+for number in range(2):
+    with processes() as group:
+        assert group.gather(number + group.rank) == [number, number + 1]
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun_may_form_groups_one_after_another(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(TWO_GROUPS)
+    command = [*TORCHRUN, "2", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -72,6 +72,7 @@ def train(
             checkpoint from before.
         KeyboardInterrupt: Ctrl-C; the run can be resumed.
         OtherProcessError: under torchrun, another process failed, and raises one of the above.
+        ConnectionError: under torchrun, another process has ended, or can no longer be reached.
     """
     out = Path(out)
     check_can_log(model, log_dir, sample_every)
