@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .atomic import atomic_write, remove_leftovers
+from .atomic import atomic_write, remove_all_leftovers, remove_leftovers
 
 _SEAL_SIZE = 2 * hashlib.sha256().digest_size  # in hexadecimal digits
 
@@ -128,8 +128,9 @@ class ShardFolder:
                 " choose another folder"
             )
         self._shards.mkdir(parents=True, exist_ok=True)
-        for folder in (self._folder, self._shards):
-            remove_leftovers(folder)
+        for path in (about, self.merged):
+            remove_leftovers(path)
+        remove_all_leftovers(self._shards)
         if not has_samples:
             with atomic_write(about) as file:
                 file.write(_readable(self.run.description()).encode())

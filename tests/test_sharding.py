@@ -252,11 +252,17 @@ def test_what_is_made_of_the_shards_is_made_again(folder: Path, finished: dict[s
 def test_what_killed_writers_left_is_removed_and_nothing_else(
     folder: Path, finished: dict[str, bytes]
 ) -> None:
+    for name in ("run.json", "samples.npz", "shards/000040-000044.npz", "shards/another-size.npz"):
+        left_by_a_killed_writer(folder / name)
     (folder / "notes.txt").write_text("mine")
-    for place in (folder, folder / "shards"):
-        (place / ".ddpm_fast-0123456789abcdef.tmp").write_bytes(b"half")
-    draw(folder)
-    assert files(folder) == finished | {"notes.txt": b"mine"}
+    with atomic.atomic_write(folder / "another's") as file:
+        file.write(b"theirs")
+        draw(folder)
+    assert files(folder) == finished | {"notes.txt": b"mine", "another's": b"theirs"}
+
+
+def left_by_a_killed_writer(path: Path) -> None:
+    path.with_name(atomic._BESIDE.format(atomic._mark(path), "0" * 16)).write_bytes(b"half")
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str, object, object]] = {
@@ -902,7 +908,7 @@ def test_killed_runs_of_any_number_of_processes_give_the_same_file(
     content = bytearray(altered.read_bytes())
     content[moments.randrange(len(content))] ^= 0xFF
     altered.write_bytes(content)
-    (out / "shards" / ".ddpm_fast-0123456789abcdef.tmp").write_bytes(b"half")
+    left_by_a_killed_writer(cut)
 
     with torchrun(count, out) as launcher:
         said, told = launcher.communicate()
