@@ -53,7 +53,8 @@ def sample_sharded(
     call; the folder must be one that all of them see. (Where ``torch.distributed`` has a default
     group already, it is that one.) A shard is one batch, so the files' bytes depend neither on the
     number of processes nor on who drew what. It is written whole or not at all: the same call
-    after an interruption, or a kill, draws only what is missing, or is not as it was written.
+    after an interruption, or a kill, draws only what is missing, or is not as it was written. Once
+    ``samples.npz`` is there, ``shards/`` may be deleted; the same call then draws all anew.
 
     Args:
         model: a module, as :func:`ddpm_fast.sample` takes it, the same in every process. A run is
@@ -166,7 +167,7 @@ class _Samples:
         class_labels: Labels | None,
         options: dict[str, Any],
     ) -> None:
-        _check_kinds(model, options["sampler"])
+        _check_kinds(model, options["sampler"], options["guidance_scale"])
         num, *image_shape = _checked_shape(shape)
         if operator.index(shard_size) < 1:
             raise ValueError(f"sample_sharded: shard_size must be at least 1; got {shard_size}")
@@ -220,7 +221,7 @@ class _Samples:
         return self._samplers[count]
 
 
-def _check_kinds(model: object, sampler: object) -> None:
+def _check_kinds(model: object, sampler: object, guidance_scale: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             "sample_sharded: model must be a torch.nn.Module, whose weights tell whether a resumed"
@@ -230,6 +231,12 @@ def _check_kinds(model: object, sampler: object) -> None:
         raise TypeError(
             f"sample_sharded: sampler must be the name of one; got {type(sampler).__name__}"
         )
+    try:
+        float(0 if guidance_scale is None else guidance_scale)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"sample_sharded: guidance_scale must be one number; got {guidance_scale!r}"
+        ) from None
 
 
 def _checked_shape(shape: Sequence[int]) -> list[int]:

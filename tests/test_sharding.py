@@ -300,6 +300,21 @@ def test_another_run_is_refused_by_the_option_that_differs(
     assert files(folder) == finished
 
 
+def test_a_number_that_is_written_otherwise_is_of_another_run(tmp_path: Path) -> None:
+    """Else the shards' seals are of another description, and all would be drawn again."""
+    two, other = (
+        GaussianDiffusion.from_schedule(
+            "linear", 10, dynamic_thresholding_ratio=0.9, sample_max_value=value
+        )
+        for value in (2, 2.0)
+    )
+    draw(tmp_path, diffusion=two)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"\.sample_max_value is 2, this run's is 2\.0"):
+        draw(tmp_path, diffusion=other)
+    assert files(tmp_path) == before
+
+
 def test_other_weights_are_another_run(folder: Path, finished: dict[str, bytes]) -> None:
     with pytest.raises(ValueError, match=r"cannot be resumed: its model\.weights is \w{64}, this"):
         draw(folder, Pixelwise(slope=0.25))
@@ -378,16 +393,22 @@ def test_foreign_networks_are_known_by_their_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
     [
-        ({"a": 1}, {"a": 1}, None),
-        ({"a": 1, "b": 2}, {"b": 3, "a": 0}, ("a", 1, 0)),
-        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ("a.b[1]", 2, 3)),
-        ({"a": [1]}, {"a": [1, 2]}, ("a[1]", None, 2)),
-        ({}, {"a": 1}, ("a", None, 1)),
-        ({"a": None}, {"a": [1]}, ("a", None, [1])),
+        ({"a": 1}, {"a": 1}, "None"),
+        ({"a": 1, "b": 2}, {"b": 3, "a": 0}, "('a', 1, 0)"),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "('a.b[1]', 2, 3)"),
+        ({"a": [1]}, {"a": [1, 2]}, "('a[1]', missing, 2)"),
+        ({}, {"a": 1}, "('a', missing, 1)"),
+        ({"a": None}, {}, "('a', None, missing)"),
+        ({"a": None}, {"a": [1]}, "('a', None, [1])"),
+        ({"a": 2}, {"a": 2.0}, "('a', 2, 2.0)"),
+        ({"a": float("nan")}, {"a": float("nan")}, "None"),
     ],
 )
-def test_the_first_difference(ours: Any, theirs: Any, expected: object) -> None:
-    assert difference(ours, theirs) == expected
+def test_the_first_difference(ours: Any, theirs: Any, expected: str) -> None:
+    """Of the texts, of which the fingerprints are made."""
+    assert repr(difference(ours, theirs)) == expected
+    texts = [json.dumps(each, sort_keys=True) for each in (ours, theirs)]
+    assert (texts[0] == texts[1]) == (expected == "None")
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -403,6 +424,7 @@ def test_the_first_difference(ours: Any, theirs: Any, expected: object) -> None:
         ({"class_labels": 11}, "class_labels must lie in [0, 9], or be the null label 10"),
         ({"class_labels": [1, 2]}, "class_labels must have shape [23]; got [2]"),
         ({"class_labels": None, "guidance_scale": 2.0}, "guidance_scale needs class_labels"),
+        ({"guidance_scale": [1.0, 2.0]}, "sample_sharded: guidance_scale must be one number; got"),
         ({"num_steps": 11}, "num_steps must lie in [1, 10]; got 11"),
         ({"eta": 0.5}, "eta belongs to ddim; got 0.5 for ddpm"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
