@@ -436,6 +436,8 @@ def test_what_is_no_picture_is_not_drawn(
         ("--out fifo.png", "--out fifo.png exists and is not a regular file"),
         ("--strip fifo.png", "--strip fifo.png exists and is not a regular file"),
         ("--strip no/a.png", "--strip no/a.png: cannot write in no: No such file or directory"),
+        ("--strip folder.png", "--strip folder.png is a folder; name the file to write"),
+        ("--strip new.png/", "--strip new.png/ is a folder; name the file to write"),
         ("--strip a.gif", "--strip a.gif must end in .png"),
         ("--strip samples.png", "--strip and --out are one file, samples.png"),
         ("--strip ./a.png --out a.png", "--strip and --out are one file, ./a.png"),
@@ -491,6 +493,7 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
 ) -> None:
     (current_folder / "file").touch()
     os.mkfifo("fifo.png")
+    os.mkdir("folder.png")
     words = options.format(colour=colour_file).split()
     if "--checkpoint" not in words:
         words += ["--checkpoint", str(digits_file)]
@@ -499,7 +502,8 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     assert captured.out == ""
     expected = re.escape(sentence.replace("{here}", str(current_folder))).replace(r"\{why\}", ".+")
     assert re.fullmatch(f"ddpm-fast: error: {expected}\n", captured.err)
-    assert sorted(path.name for path in current_folder.iterdir()) == ["fifo.png", "file"]
+    left = sorted(path.name for path in current_folder.rglob("*"))
+    assert left == ["fifo.png", "file", "folder.png"]
 
 
 def test_outputs_are_checked_before_anything_is_drawn(
@@ -732,8 +736,8 @@ def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFix
             "digits --ema-half-life 500 --ema-decay 0.99",
             "--ema-half-life is instead of --ema-decay; give one of them",
         ),
-        ("digits --out t7/", "--out t7/ is a folder; name the checkpoint file to write"),
-        ("digits --out .", "--out . is a folder; name the checkpoint file to write"),
+        ("digits --out t7/", "--out t7/ is a folder; name the file to write"),
+        ("digits --out .", "--out . is a folder; name the file to write"),
         ("no", "no: not a folder of pictures"),
         ("no.npz", "no.npz: No such file or directory"),
         ("digits --no-flip", "--no-flip is for other data; the digits have their own recipe"),

@@ -274,7 +274,8 @@ def test_a_folder_becomes_an_npz(
         ("bpd --image-size 16", "digits: the digits are grey, of 8x8 pixels, with their own"),
         ("bpd --label-column y", "digits: the digits are grey, of 8x8 pixels, with their own"),
         ("bpd --data nothing", "nothing: not a folder of pictures"),
-        ("bpd --json no/bpd.json", "--out no/bpd.json: cannot write in no"),
+        ("bpd --json no/bpd.json", "--json no/bpd.json: cannot write in no"),
+        ("bpd --json colours", "--json colours is a folder; name the file to write"),
         ("bpd --steps 13", "num_steps"),
         ("frechet digits colours --image-size 9", "digits: the digits are grey"),
         ("frechet colours colours", "colours: choose the size of its pictures with --image-size"),
@@ -291,17 +292,19 @@ def test_a_folder_becomes_an_npz(
         ("npz colours --out x.npz", "colours: choose the size of its pictures with --image-size"),
         ("npz digits --out x.png", "--out x.png must end in .npz"),
         ("npz digits --out no/x.npz", "--out no/x.npz: cannot write in no"),
+        ("npz digits --out folder.npz", "--out folder.npz is a folder; name the file to write"),
     ],
 )
 def test_bad_input_is_a_sentence(
     line: str, sentence: str, current_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("folder.npz").mkdir()
     assert run(line) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("ddpm-fast: error: ") and captured.err.count("\n") == 1
     assert sentence in captured.err
-    assert {path.name for path in current_folder.iterdir()} == {"colours"}
+    assert {path.name for path in current_folder.iterdir()} == {"colours", "folder.npz"}
 
 
 @pytest.mark.parametrize("measure", ["", *cli.eval.MEASURES])

@@ -665,11 +665,10 @@ def test_torchrun_takes_the_commands_that_are_shown(capsys: pytest.CaptureFixtur
         cli._parser().parse_args(parsed.training_script_args)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval bpd"])
-def test_torchrun_leaves_the_number_of_samples_alone(command: str) -> None:
+def test_torchrun_leaves_the_number_of_samples_alone() -> None:
     from torch.distributed.run import get_args_parser
 
-    words = ["-m", "ddpm_fast", *command.split(), "--num-samples", "5"]
+    words = ["-m", "ddpm_fast", "sample", "--num-samples", "5"]
     parsed = get_args_parser().parse_args(words)
     assert cli._parser().parse_args(parsed.training_script_args).num == 5
 

@@ -30,11 +30,11 @@ from .options import (
     add_checkpoint,
     add_device,
     add_image_size,
-    add_num,
     add_precision,
     add_seed,
     add_spacing,
-    check_writable,
+    check_file_writable,
+    check_folder_writable,
     count,
     device_named,
     index,
@@ -61,7 +61,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     what = parser.add_argument_group("what to draw")
     add_checkpoint(what)
-    add_num(what, "number of samples (default: %(default)s)", default=64)
+    what.add_argument(
+        "--num",
+        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
+        type=count,
+        default=64,
+        metavar="N",
+        help="number of samples (default: %(default)s)",
+    )
     what.add_argument(
         "--classes",
         metavar="LIST",
@@ -124,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
         _run_sharded(args)
         return
     kind = output_kind(args.out)
-    check_writable(args.out)
+    check = check_folder_writable if kind == "folder" else check_file_writable
+    check(args.out, "--out")
     check_film(args, kind)
 
     device = device_named(args.device)
@@ -256,7 +264,7 @@ def _shard_folder(args: argparse.Namespace) -> str:
         raise ValueError(f"--out {out}: shards are written into a folder; give one, such as run/")
     if args.strip is not None or args.frames is not None:
         raise ValueError("--strip and --frames are for a run in one piece, not for one of shards")
-    check_writable(os.path.join(out, ""))
+    check_folder_writable(os.path.join(out, ""), "--out")
     return out
 
 

@@ -14,7 +14,7 @@ from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
 from ..training import Recipe, digits_recipe, folder_recipe, train
 from ..training.config import LR_SCHEDULES, PRECISIONS
-from .options import PROG, add_device, check_writable, count, device_named, is_folder
+from .options import PROG, add_device, check_file_writable, count, device_named
 
 SUMMARY = "train a model on the digits or on your pictures"
 EXAMPLES = """\
@@ -155,9 +155,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, group: Processes) -> None:
-    if is_folder(args.out):
-        raise ValueError(f"--out {args.out} is a folder; name the checkpoint file to write")
-    check_writable(args.out)
+    check_file_writable(args.out, "--out")
 
     device = device_named(args.device)
     recipe = _recipe(args)

@@ -20,11 +20,10 @@ from ..options import (
     add_checkpoint,
     add_device,
     add_image_size,
-    add_num,
     add_precision,
     add_seed,
     add_spacing,
-    check_writable,
+    check_file_writable,
     count,
     device_named,
 )
@@ -46,7 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=pictures.METAVAR,
         help=f"{pictures.HELP} (default: %(default)s)",
     )
-    add_num(parser, "so many of them, taken evenly (default: all)")
+    parser.add_argument(
+        "--num", type=count, metavar="N", help="so many of them, taken evenly (default: all)"
+    )
     parser.add_argument(
         "--levels",
         type=count,
@@ -74,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if args.json is not None:
-        check_writable(args.json)
+        check_file_writable(args.json, "--json")
     device = device_named(args.device)
     model, diffusion = load(args.checkpoint, device=device)
     images, labels = _chosen(args, model)
