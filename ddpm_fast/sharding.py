@@ -18,6 +18,7 @@ from . import ops
 from .conditioning import Labels, checked_labels
 from .diffusion import GaussianDiffusion
 from .image_io import to_uint8
+from .memory import out_of_memory_as
 from .processes import Processes, processes
 from .reference import NOISE_LAYOUT
 from .sampler import Sampler, checked_first_index
@@ -178,7 +179,12 @@ class _Samples:
         self._model, self._options = model, options
         self._image_shape = tuple(image_shape)
         self._samplers: dict[int, Sampler] = {}
-        table = self._sampler(min(num, shard_size)).table
+        self._too_large = (
+            f"shard_size {shard_size}: the device has too little memory"
+            " for so many samples at a time"
+        )
+        with out_of_memory_as(self._too_large):
+            table = self._sampler(min(num, shard_size)).table
         scale, spacing = options["guidance_scale"], options["timestep_spacing"]
         self.run = Run(
             model=described(model),
@@ -202,15 +208,10 @@ class _Samples:
 
     def draw(self, shard: range) -> npt.NDArray[np.uint8]:
         """The images of a shard, uint8 [N, H, W, C]."""
-        try:
+        with out_of_memory_as(self._too_large):
             images = self._sampler(len(shard))(
                 seed=self.run.seed, first_index=shard[0], class_labels=self.run.labels(shard)
             )
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"shard_size {self.run.shard_size}: the device has too little memory"
-                " for so many samples at a time"
-            ) from None
         return to_uint8(images)
 
     def _sampler(self, count: int) -> Sampler:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -554,17 +554,44 @@ def test_a_terminal_sees_progress(
     assert bar.count("\n") == 1, "one bar, whatever the number of batches"
 
 
+def out_of_memory(*args: object, **options: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_too_large_a_batch_is_a_sentence(
     separate_model: SeparateModel,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(separate_model, "forward", out_of_memory)
     assert run("sample", "--device", "cpu", "--batch", 16) == 2
     sentence = "--batch 16: cpu has too little memory for so many samples at a time"
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+
+@pytest.mark.usefixtures("separate_model")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("", "--batch 64: cpu has too little memory for so many samples at a time"),
+        ("--shard-size 64 --out run", "shard_size 64: the device has too little memory for so"),
+    ],
+)
+def test_too_large_pictures_are_a_sentence(
+    options: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The CPU's own error, which has no class to itself: 256 TB have no room in 47 bits."""
+    assert run("sample", "--device", "cpu", "--image-size", 1_000_000, *options.split()) == 2
+    assert capsys.readouterr().err.startswith(f"ddpm-fast: error: {sentence}")
+
+
+@pytest.mark.parametrize("options", ["", "--shard-size 5 --out run"])
+def test_too_large_a_checkpoint_is_a_sentence(
+    options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.sample, "load", out_of_memory)
+    assert run("sample", "--device", "cpu", *options.split()) == 2
+    sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
@@ -691,9 +718,6 @@ def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
 def test_too_large_a_training_batch_is_a_sentence(
     picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(UNet, "forward", out_of_memory)
     options = [*SMALL.split(), "--device", "cpu", "--out", "m.safetensors"]
     assert run("train", picture_folder, *options) == 2

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -99,12 +99,17 @@ def test_too_large_a_batch_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
+    def out_of_memory(*args: object, **options: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(separate_model[0], "forward", out_of_memory)
     assert run("bpd --num 5 --batch 3 --device cpu") == 2
     sentence = "--batch 3: cpu has too little memory for so many pictures at a time"
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+    monkeypatch.setattr(cli.eval.bpd, "load", out_of_memory)
+    assert run("bpd --device cpu") == 2
+    sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
@@ -181,6 +186,15 @@ class Means(torch.nn.Module):
 network = Means()
 number = 3
 
+class Large(torch.nn.Linear):
+    def to(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+large = Large(1, 1)
+
+def many(images):
+    return torch.empty(10**15)
+
 def broken(images):
     raise RuntimeError("expected 3 channels\\nbut got 1")
 
@@ -235,16 +249,25 @@ def test_too_few_pictures_are_told_before_the_work_with_the_covariance(
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("broken", "--features my_features:broken failed: RuntimeError: expected 3 channels"),
+        ("large", "--features my_features:large: cpu has too little memory for it"),
+        ("many", "--batch 64: cpu has too little memory for so many pictures at a time"),
+    ],
+)
 def test_an_extractor_that_fails_is_a_sentence(
-    current_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    sentence: str,
+    current_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (current_folder / "my_features.py").write_text(FEATURES)
     monkeypatch.delitem(sys.modules, "my_features", raising=False)
-    assert run("frechet digits digits --features my_features:broken") == 2
-    assert capsys.readouterr().err == (
-        "ddpm-fast: error: --features my_features:broken failed: RuntimeError: "
-        "expected 3 channels\n"
-    )
+    assert run(f"frechet digits digits --device cpu --features my_features:{name}") == 2
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
 # --- the npz of FID tools ---------------------------------------------------------------------

@@ -35,6 +35,7 @@ INTERNAL = {
     "integrations",
     "integrations.weights",
     "intermediates",
+    "memory",
     "network",
     "options",
     "processes",

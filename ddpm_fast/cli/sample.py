@@ -19,6 +19,7 @@ from .. import image_io
 from ..checkpoint import Loaded, load
 from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
+from ..memory import out_of_memory_as
 from ..ops import BACKENDS
 from ..processes import launched, processes
 from ..sampler import sample
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 
     device = device_named(args.device)
     native = uses_native(device, args.backend)
-    model, diffusion = load(args.checkpoint, device=device)
+    model, diffusion = _loaded(args, device)
     _check_channels(model, args, kind)
     labels = _labels(model, args)
     started = time.perf_counter()
@@ -169,6 +170,11 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def _loaded(args: argparse.Namespace, device: torch.device) -> tuple[Loaded, GaussianDiffusion]:
+    with out_of_memory_as(f"{args.checkpoint}: {device} has too little memory for it"):
+        return load(args.checkpoint, device=device)
+
+
 def _check_channels(model: Loaded, args: argparse.Namespace, kind: str) -> None:
     """Refuse to draw what cannot be painted, such as latents."""
     if model.in_channels not in (1, 3) and (kind != ".npz" or args.strip is not None):
@@ -192,7 +198,10 @@ def _batches(
     with tqdm(total=args.num, unit="sample", disable=True if one_batch else None) as bar:
         for start in range(0, args.num, args.batch):
             count = min(args.batch, args.num - start)
-            try:
+            with out_of_memory_as(
+                f"--batch {args.batch}: {device} has too little memory"
+                " for so many samples at a time"
+            ):
                 drawn = sample(
                     model,
                     (count, model.in_channels, size, size),
@@ -211,11 +220,6 @@ def _batches(
                     progress=one_batch and sys.stderr.isatty(),
                     return_intermediates=film.moments,
                 )
-            except torch.OutOfMemoryError:
-                raise ValueError(
-                    f"--batch {args.batch}: {device} has too little memory "
-                    "for so many samples at a time"
-                ) from None
             yield args.first_index + start, film.take(drawn).cpu()
             bar.update(count)
 
@@ -227,7 +231,7 @@ def _run_sharded(args: argparse.Namespace) -> None:
             folder = _shard_folder(args)
             device = device_named(args.device)
             native = uses_native(device, args.backend)
-            model, diffusion = load(args.checkpoint, device=device)
+            model, diffusion = _loaded(args, device)
             labels = _labels(model, args)
             size = _size(model, args)
         started = time.perf_counter()

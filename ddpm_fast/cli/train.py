@@ -6,10 +6,9 @@ import argparse
 import time
 from typing import Any
 
-import torch
-
 from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from ..losses import LOSSES
+from ..memory import out_of_memory_as
 from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
 from ..training import Recipe, digits_recipe, folder_recipe, train
@@ -160,7 +159,10 @@ def _train(args: argparse.Namespace, group: Processes) -> None:
     device = device_named(args.device)
     recipe = _recipe(args)
     started = time.perf_counter()
-    try:
+    with out_of_memory_as(
+        f"--batch-size {recipe.config.batch_size}: {device} has too little memory for so many"
+        " pictures at a time; take fewer, or more parts with --accumulate"
+    ):
         train(
             *recipe,
             out=args.out,
@@ -169,11 +171,6 @@ def _train(args: argparse.Namespace, group: Processes) -> None:
             log_dir=args.log_dir,
             sample_every=args.sample_every,
         )
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"--batch-size {recipe.config.batch_size}: {device} has too little memory for so many"
-            " pictures at a time; take fewer, or more parts with --accumulate"
-        ) from None
     seconds = time.perf_counter() - started
     if group.leads:
         where = f"{device}" if group.count == 1 else f"{group.count} processes of {device.type}"
