@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_BESIDE = ".ddpm_fast-{}.tmp"
+_BESIDE = ".ddpm_fast-{}-{}.tmp"
 
 
 @contextmanager
@@ -34,8 +35,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
         raise OSError(f"{path} exists and is not a regular file")
-    # A name of its own, not one made from the target's: that one may be as long as names can be.
-    beside = target.with_name(_BESIDE.format(secrets.token_hex(8)))
+    beside = target.with_name(_BESIDE.format(_mark(target), secrets.token_hex(8)))
     try:
         with open(beside, "x+b") as file:
             yield file
@@ -43,25 +43,37 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(beside, target)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(beside)):
             error.filename = str(path)  # name the file that was asked for, not the hidden one
         raise
     _flush_folder(target.parent)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the hidden files of writers that were killed; none may be writing there now."""
-    for path in Path(folder).glob(_BESIDE.format("*")):
-        path.unlink(missing_ok=True)
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the hidden files of killed writers of ``path``; none may be writing it now."""
+    target = Path(path).resolve()
+    for left in target.parent.glob(_BESIDE.format(_mark(target), "*")):
+        left.unlink(missing_ok=True)
+
+
+def remove_all_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the hidden files of all killed writers; none may be writing in the folder now."""
+    for left in Path(folder).glob(_BESIDE.format("*", "*")):
+        left.unlink(missing_ok=True)
+
+
+def _mark(target: Path) -> str:
+    """Stands for the target's name, which may be as long as names can be."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where folders can be flushed (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the new name itself survive a power cut, where folders can be flushed."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

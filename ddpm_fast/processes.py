@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _T = TypeVar("_T")
 # A process waits for the others for as long as they work. That one of them died it learns at once,
 # by the connection, and not by the clock.
 _PATIENCE = timedelta(days=7)
+
+_groups = itertools.count()
 
 
 class OtherProcessError(RuntimeError):
@@ -44,14 +47,14 @@ class Processes:
         """The ``value`` of every process, by rank; each must call this.
 
         Raises:
-            OtherProcessError: one of them has ended.
+            ConnectionError: one of them has ended, or can no longer be reached.
         """
         values = [value] * self.count
         if self.count > 1:
             try:
                 dist.all_gather_object(values, value)
-            except RuntimeError:
-                raise OtherProcessError("another process has ended") from None
+            except RuntimeError as error:
+                raise ConnectionError("the connection to another process was lost") from error
         return values
 
     @contextmanager
@@ -62,6 +65,7 @@ class Processes:
 
         Raises:
             OtherProcessError: another process has failed; it gives its rank and its error.
+            ConnectionError: another process has ended, or can no longer be reached.
         """
         failure = None
         try:
@@ -81,7 +85,8 @@ def processes() -> Iterator[Processes]:
     """All processes: those of the default group, which is made of torchrun's where there is none.
 
     An error that leaves the block ends all processes of torchrun's: the first that fails raises its
-    own, the others, whatever befalls them, an :class:`OtherProcessError`. So one tells why.
+    own, the others, whatever befalls them, an :class:`OtherProcessError`. So one tells why; one of
+    each machine, where those that are left have lost torchrun's store too.
     """
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -102,25 +107,26 @@ def _torchrun_group() -> Iterator[Processes]:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://"))
-    dist.init_process_group(
-        store=PrefixStore("group", store), rank=rank, world_size=count, timeout=_PATIENCE
-    )
+    # torchrun's store outlives a group, whose addresses are not those of the next one.
+    store = PrefixStore(f"group/{next(_groups)}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     try:
         yield Processes(rank, count)
     except OtherProcessError:
         raise
     except BaseException as error:
-        if _is_first_failure(store):
+        is_success = isinstance(error, SystemExit) and not error.code  # as of --help
+        if is_success or _is_first_failure(error, store):
             raise
         raise OtherProcessError("another process has failed") from error
     dist.destroy_process_group()
 
 
-def _is_first_failure(store: Any) -> bool:
+def _is_first_failure(error: BaseException, store: Any) -> bool:
     try:
         return bool(store.add("failures", 1) == 1)
-    except RuntimeError:  # the process that holds the store has failed and gone
-        return False
+    except RuntimeError:  # the process, or the machine, that holds the store has gone
+        return isinstance(error, ConnectionError) and first_of_machine()
 
 
 def launched() -> bool:

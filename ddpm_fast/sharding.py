@@ -18,6 +18,7 @@ from . import ops
 from .conditioning import Labels, checked_labels
 from .diffusion import GaussianDiffusion
 from .image_io import to_uint8
+from .memory import out_of_memory_as
 from .processes import Processes, processes
 from .reference import NOISE_LAYOUT
 from .sampler import Sampler, checked_first_index
@@ -53,7 +54,8 @@ def sample_sharded(
     call; the folder must be one that all of them see. (Where ``torch.distributed`` has a default
     group already, it is that one.) A shard is one batch, so the files' bytes depend neither on the
     number of processes nor on who drew what. It is written whole or not at all: the same call
-    after an interruption, or a kill, draws only what is missing, or is not as it was written.
+    after an interruption, or a kill, draws only what is missing, or is not as it was written. Once
+    ``samples.npz`` is there, ``shards/`` may be deleted; the same call then draws all anew.
 
     Args:
         model: a module, as :func:`ddpm_fast.sample` takes it, the same in every process. A run is
@@ -78,6 +80,7 @@ def sample_sharded(
         TypeError: an argument of another type, likewise.
         OSError: a file cannot be written; those that were are whole.
         OtherProcessError: another process raised one of these.
+        ConnectionError: another process has ended, or can no longer be reached.
         KeyboardInterrupt: on Ctrl-C, telling how to go on.
     """
     options = {
@@ -165,7 +168,7 @@ class _Samples:
         class_labels: Labels | None,
         options: dict[str, Any],
     ) -> None:
-        _check_kinds(model, options["sampler"])
+        _check_kinds(model, options["sampler"], options["guidance_scale"])
         num, *image_shape = _checked_shape(shape)
         if operator.index(shard_size) < 1:
             raise ValueError(f"sample_sharded: shard_size must be at least 1; got {shard_size}")
@@ -176,7 +179,12 @@ class _Samples:
         self._model, self._options = model, options
         self._image_shape = tuple(image_shape)
         self._samplers: dict[int, Sampler] = {}
-        table = self._sampler(min(num, shard_size)).table
+        self._too_large = (
+            f"shard_size {shard_size}: the device has too little memory"
+            " for so many samples at a time"
+        )
+        with out_of_memory_as(self._too_large):
+            table = self._sampler(min(num, shard_size)).table
         scale, spacing = options["guidance_scale"], options["timestep_spacing"]
         self.run = Run(
             model=described(model),
@@ -200,15 +208,10 @@ class _Samples:
 
     def draw(self, shard: range) -> npt.NDArray[np.uint8]:
         """The images of a shard, uint8 [N, H, W, C]."""
-        try:
+        with out_of_memory_as(self._too_large):
             images = self._sampler(len(shard))(
                 seed=self.run.seed, first_index=shard[0], class_labels=self.run.labels(shard)
             )
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"shard_size {self.run.shard_size}: the device has too little memory"
-                " for so many samples at a time"
-            ) from None
         return to_uint8(images)
 
     def _sampler(self, count: int) -> Sampler:
@@ -219,7 +222,7 @@ class _Samples:
         return self._samplers[count]
 
 
-def _check_kinds(model: object, sampler: object) -> None:
+def _check_kinds(model: object, sampler: object, guidance_scale: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             "sample_sharded: model must be a torch.nn.Module, whose weights tell whether a resumed"
@@ -229,6 +232,12 @@ def _check_kinds(model: object, sampler: object) -> None:
         raise TypeError(
             f"sample_sharded: sampler must be the name of one; got {type(sampler).__name__}"
         )
+    try:
+        float(0 if guidance_scale is None else guidance_scale)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"sample_sharded: guidance_scale must be one number; got {guidance_scale!r}"
+        ) from None
 
 
 def _checked_shape(shape: Sequence[int]) -> list[int]:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .atomic import atomic_write, remove_leftovers
+from .atomic import atomic_write, remove_all_leftovers, remove_leftovers
 from .image_io.npz import write_npz
 
 _SEAL_SIZE = 2 * hashlib.sha256().digest_size  # in hexadecimal digits
@@ -129,8 +129,9 @@ class ShardFolder:
                 " choose another folder"
             )
         self._shards.mkdir(parents=True, exist_ok=True)
-        for folder in (self._folder, self._shards):
-            remove_leftovers(folder)
+        for path in (about, self.merged):
+            remove_leftovers(path)
+        remove_all_leftovers(self._shards)
         if not has_samples:
             with atomic_write(about) as file:
                 file.write(_readable(self.run.description()).encode())
@@ -244,18 +245,32 @@ def _readable(description: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+class _Missing:
+    """Stands for a value that only the other one has."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
 def difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """Where two JSON values, ours and theirs, differ first, or None.
 
-    As ``("diffusion.beta_end", 0.02, 0.03)``, behind the name of the two.
+    As ``("diffusion.beta_end", 0.02, 0.03)``, behind the name of the two. They are compared as
+    they are written, as the fingerprint is made: 2 is not 2.0, nor is null what is not there.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = [*ours, *(key for key in theirs if key not in ours)]
-        parts = [(f"{name}.{key}".strip("."), ours.get(key), theirs.get(key)) for key in keys]
+        parts = [
+            (f"{name}.{key}".strip("."), ours.get(key, _MISSING), theirs.get(key, _MISSING))
+            for key in keys
+        ]
     elif isinstance(ours, list) and isinstance(theirs, list):
-        pairs = enumerate(zip_longest(ours, theirs))
+        pairs = enumerate(zip_longest(ours, theirs, fillvalue=_MISSING))
         parts = [(f"{name}[{i}]", our, their) for i, (our, their) in pairs]
     else:
-        return None if ours == theirs else (name, ours, theirs)
+        return None if repr(ours) == repr(theirs) else (name, ours, theirs)
     found = (difference(our, their, part) for part, our, their in parts)
     return next((different for different in found if different is not None), None)

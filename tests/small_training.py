@@ -139,7 +139,7 @@ def environments(count: int) -> list[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    return [world | {"RANK": f"{rank}"} for rank in range(count)]
+    return [world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(count)]
 
 
 def children(count: int, out: Path, **options: Any) -> list[Child]:

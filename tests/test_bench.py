@@ -190,6 +190,26 @@ def test_the_command(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert saved["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        (".", "--json . is a folder; name the file to write"),
+        ("no/bench.json", "--json no/bench.json: cannot write in no: No such file or directory"),
+    ],
+)
+def test_the_command_finds_out_first_whether_it_can_write(
+    path: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "measure", pytest.fail)
+    assert cli.main(["bench", "--device", "cpu", "--json", path]) == 2
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+
 def test_the_command_without_kernels(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -436,6 +436,8 @@ def test_what_is_no_picture_is_not_drawn(
         ("--out fifo.png", "--out fifo.png exists and is not a regular file"),
         ("--strip fifo.png", "--strip fifo.png exists and is not a regular file"),
         ("--strip no/a.png", "--strip no/a.png: cannot write in no: No such file or directory"),
+        ("--strip folder.png", "--strip folder.png is a folder; name the file to write"),
+        ("--strip new.png/", "--strip new.png/ is a folder; name the file to write"),
         ("--strip a.gif", "--strip a.gif must end in .png"),
         ("--strip samples.png", "--strip and --out are one file, samples.png"),
         ("--strip ./a.png --out a.png", "--strip and --out are one file, ./a.png"),
@@ -491,6 +493,7 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
 ) -> None:
     (current_folder / "file").touch()
     os.mkfifo("fifo.png")
+    os.mkdir("folder.png")
     words = options.format(colour=colour_file).split()
     if "--checkpoint" not in words:
         words += ["--checkpoint", str(digits_file)]
@@ -499,7 +502,8 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     assert captured.out == ""
     expected = re.escape(sentence.replace("{here}", str(current_folder))).replace(r"\{why\}", ".+")
     assert re.fullmatch(f"ddpm-fast: error: {expected}\n", captured.err)
-    assert sorted(path.name for path in current_folder.iterdir()) == ["fifo.png", "file"]
+    left = sorted(path.name for path in current_folder.rglob("*"))
+    assert left == ["fifo.png", "file", "folder.png"]
 
 
 def test_outputs_are_checked_before_anything_is_drawn(
@@ -550,17 +554,44 @@ def test_a_terminal_sees_progress(
     assert bar.count("\n") == 1, "one bar, whatever the number of batches"
 
 
+def out_of_memory(*args: object, **options: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_too_large_a_batch_is_a_sentence(
     separate_model: SeparateModel,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(separate_model, "forward", out_of_memory)
     assert run("sample", "--device", "cpu", "--batch", 16) == 2
     sentence = "--batch 16: cpu has too little memory for so many samples at a time"
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+
+@pytest.mark.usefixtures("separate_model")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("", "--batch 64: cpu has too little memory for so many samples at a time"),
+        ("--shard-size 64 --out run", "shard_size 64: the device has too little memory for so"),
+    ],
+)
+def test_too_large_pictures_are_a_sentence(
+    options: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The CPU's own error, which has no class to itself: 256 TB have no room in 47 bits."""
+    assert run("sample", "--device", "cpu", "--image-size", 1_000_000, *options.split()) == 2
+    assert capsys.readouterr().err.startswith(f"ddpm-fast: error: {sentence}")
+
+
+@pytest.mark.parametrize("options", ["", "--shard-size 5 --out run"])
+def test_too_large_a_checkpoint_is_a_sentence(
+    options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.sample, "load", out_of_memory)
+    assert run("sample", "--device", "cpu", *options.split()) == 2
+    sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
@@ -687,9 +718,6 @@ def test_train_on_digits(capsys: pytest.CaptureFixture[str]) -> None:
 def test_too_large_a_training_batch_is_a_sentence(
     picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(UNet, "forward", out_of_memory)
     options = [*SMALL.split(), "--device", "cpu", "--out", "m.safetensors"]
     assert run("train", picture_folder, *options) == 2
@@ -732,8 +760,8 @@ def test_train_with_every_choice(picture_folder: Path, capsys: pytest.CaptureFix
             "digits --ema-half-life 500 --ema-decay 0.99",
             "--ema-half-life is instead of --ema-decay; give one of them",
         ),
-        ("digits --out t7/", "--out t7/ is a folder; name the checkpoint file to write"),
-        ("digits --out .", "--out . is a folder; name the checkpoint file to write"),
+        ("digits --out t7/", "--out t7/ is a folder; name the file to write"),
+        ("digits --out .", "--out . is a folder; name the file to write"),
         ("no", "no: not a folder of pictures"),
         ("no.npz", "no.npz: No such file or directory"),
         ("digits --no-flip", "--no-flip is for other data; the digits have their own recipe"),

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -104,12 +104,17 @@ def test_too_large_a_batch_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def out_of_memory(*args: Tensor, **labels: Tensor) -> Tensor:
+    def out_of_memory(*args: object, **options: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(separate_model[0], "forward", out_of_memory)
     assert run("bpd --num 5 --batch 3 --device cpu") == 2
     sentence = "--batch 3: cpu has too little memory for so many pictures at a time"
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
+
+    monkeypatch.setattr(cli.eval.bpd, "load", out_of_memory)
+    assert run("bpd --device cpu") == 2
+    sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
@@ -198,6 +203,15 @@ class Means(torch.nn.Module):
 network = Means()
 number = 3
 
+class Large(torch.nn.Linear):
+    def to(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+large = Large(1, 1)
+
+def many(images):
+    return torch.empty(10**15)
+
 def broken(images):
     raise RuntimeError("expected 3 channels\\nbut got 1")
 
@@ -252,16 +266,25 @@ def test_too_few_pictures_are_told_before_the_work_with_the_covariance(
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("broken", "--features my_features:broken failed: RuntimeError: expected 3 channels"),
+        ("large", "--features my_features:large: cpu has too little memory for it"),
+        ("many", "--batch 64: cpu has too little memory for so many pictures at a time"),
+    ],
+)
 def test_an_extractor_that_fails_is_a_sentence(
-    current_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    sentence: str,
+    current_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (current_folder / "my_features.py").write_text(FEATURES)
     monkeypatch.delitem(sys.modules, "my_features", raising=False)
-    assert run("frechet digits digits --features my_features:broken") == 2
-    assert capsys.readouterr().err == (
-        "ddpm-fast: error: --features my_features:broken failed: RuntimeError: "
-        "expected 3 channels\n"
-    )
+    assert run(f"frechet digits digits --device cpu --features my_features:{name}") == 2
+    assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
 
 @pytest.mark.parametrize("line", ["one.npz digits", "digits one.npz"])
@@ -306,7 +329,8 @@ def test_a_folder_becomes_an_npz(
         ("bpd --image-size 16", "digits: the digits are grey, of 8x8 pixels, with their own"),
         ("bpd --label-column y", "digits: the digits are grey, of 8x8 pixels, with their own"),
         ("bpd --data nothing", "nothing: not a folder of pictures"),
-        ("bpd --json no/bpd.json", "--out no/bpd.json: cannot write in no"),
+        ("bpd --json no/bpd.json", "--json no/bpd.json: cannot write in no"),
+        ("bpd --json colours", "--json colours is a folder; name the file to write"),
         ("bpd --steps 13", "num_steps"),
         ("frechet digits colours --image-size 9", "digits: the digits are grey"),
         ("frechet colours colours", "colours: choose the size of its pictures with --image-size"),
@@ -327,17 +351,19 @@ def test_a_folder_becomes_an_npz(
         ("npz colours --out x.npz", "colours: choose the size of its pictures with --image-size"),
         ("npz digits --out x.png", "--out x.png must end in .npz"),
         ("npz digits --out no/x.npz", "--out no/x.npz: cannot write in no"),
+        ("npz digits --out folder.npz", "--out folder.npz is a folder; name the file to write"),
     ],
 )
 def test_bad_input_is_a_sentence(
     line: str, sentence: str, current_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("folder.npz").mkdir()
     assert run(line) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("ddpm-fast: error: ") and captured.err.count("\n") == 1
     assert sentence in captured.err
-    assert {path.name for path in current_folder.iterdir()} == {"colours"}
+    assert {path.name for path in current_folder.iterdir()} == {"colours", "folder.npz"}
 
 
 @pytest.mark.parametrize("measure", ["", *cli.eval.MEASURES])

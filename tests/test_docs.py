@@ -36,6 +36,7 @@ INTERNAL = {
     "integrations",
     "integrations.weights",
     "intermediates",
+    "memory",
     "network",
     "options",
     "processes",

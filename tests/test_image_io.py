@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -506,6 +508,47 @@ def test_ctrl_c_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"half of the new")
         raise KeyboardInterrupt
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old file"]
+
+
+def test_the_first_error_is_told_where_the_hidden_file_cannot_be_removed(tmp_path: Path) -> None:
+    """Here its folder has gone, and a file has the folder's name."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="^why$"), atomic.atomic_write(folder / "a"):
+        folder.rename(tmp_path / "elsewhere")
+        folder.touch()
+        raise ValueError("why")
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some file systems of networks; the file itself is always flushed."""
+    flush, are_folders = os.fsync, []
+
+    def files_alone(descriptor: int) -> None:
+        are_folders.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        if are_folders[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with atomic.atomic_write(tmp_path / "a") as file:
+        file.write(b"all")
+    assert are_folders == [False, True] and (tmp_path / "a").read_bytes() == b"all"
+
+
+def test_leftovers_of_a_file_are_removed_and_no_others(tmp_path: Path) -> None:
+    """Those of others may be of writers that are at work."""
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with atomic.atomic_write(tmp_path / "link"):
+        (of_a,) = tmp_path.glob(".*")
+        with atomic.atomic_write(tmp_path / ("b" * 255)) as file:
+            file.write(b"b")
+            atomic.remove_leftovers(tmp_path / "a")
+            assert len(list(tmp_path.glob(".*"))) == 1 and not of_a.exists()
+        of_a.touch()
+    assert (tmp_path / ("b" * 255)).read_bytes() == b"b"
 
 
 def test_atomic_write_replaces_the_file_behind_a_link(tmp_path: Path) -> None:

@@ -252,11 +252,17 @@ def test_what_is_made_of_the_shards_is_made_again(folder: Path, finished: dict[s
 def test_what_killed_writers_left_is_removed_and_nothing_else(
     folder: Path, finished: dict[str, bytes]
 ) -> None:
+    for name in ("run.json", "samples.npz", "shards/000040-000044.npz", "shards/another-size.npz"):
+        left_by_a_killed_writer(folder / name)
     (folder / "notes.txt").write_text("mine")
-    for place in (folder, folder / "shards"):
-        (place / ".ddpm_fast-0123456789abcdef.tmp").write_bytes(b"half")
-    draw(folder)
-    assert files(folder) == finished | {"notes.txt": b"mine"}
+    with atomic.atomic_write(folder / "another's") as file:
+        file.write(b"theirs")
+        draw(folder)
+    assert files(folder) == finished | {"notes.txt": b"mine", "another's": b"theirs"}
+
+
+def left_by_a_killed_writer(path: Path) -> None:
+    path.with_name(atomic._BESIDE.format(atomic._mark(path), "0" * 16)).write_bytes(b"half")
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str, object, object]] = {
@@ -292,6 +298,21 @@ def test_another_run_is_refused_by_the_option_that_differs(
         " give the same options, or another folder"
     )
     assert files(folder) == finished
+
+
+def test_a_number_that_is_written_otherwise_is_of_another_run(tmp_path: Path) -> None:
+    """Else the shards' seals are of another description, and all would be drawn again."""
+    two, other = (
+        GaussianDiffusion.from_schedule(
+            "linear", 10, dynamic_thresholding_ratio=0.9, sample_max_value=value
+        )
+        for value in (2, 2.0)
+    )
+    draw(tmp_path, diffusion=two)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"\.sample_max_value is 2, this run's is 2\.0"):
+        draw(tmp_path, diffusion=other)
+    assert files(tmp_path) == before
 
 
 def test_other_weights_are_another_run(folder: Path, finished: dict[str, bytes]) -> None:
@@ -372,16 +393,22 @@ def test_foreign_networks_are_known_by_their_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
     [
-        ({"a": 1}, {"a": 1}, None),
-        ({"a": 1, "b": 2}, {"b": 3, "a": 0}, ("a", 1, 0)),
-        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ("a.b[1]", 2, 3)),
-        ({"a": [1]}, {"a": [1, 2]}, ("a[1]", None, 2)),
-        ({}, {"a": 1}, ("a", None, 1)),
-        ({"a": None}, {"a": [1]}, ("a", None, [1])),
+        ({"a": 1}, {"a": 1}, "None"),
+        ({"a": 1, "b": 2}, {"b": 3, "a": 0}, "('a', 1, 0)"),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "('a.b[1]', 2, 3)"),
+        ({"a": [1]}, {"a": [1, 2]}, "('a[1]', missing, 2)"),
+        ({}, {"a": 1}, "('a', missing, 1)"),
+        ({"a": None}, {}, "('a', None, missing)"),
+        ({"a": None}, {"a": [1]}, "('a', None, [1])"),
+        ({"a": 2}, {"a": 2.0}, "('a', 2, 2.0)"),
+        ({"a": float("nan")}, {"a": float("nan")}, "None"),
     ],
 )
-def test_the_first_difference(ours: Any, theirs: Any, expected: object) -> None:
-    assert difference(ours, theirs) == expected
+def test_the_first_difference(ours: Any, theirs: Any, expected: str) -> None:
+    """Of the texts, of which the fingerprints are made."""
+    assert repr(difference(ours, theirs)) == expected
+    texts = [json.dumps(each, sort_keys=True) for each in (ours, theirs)]
+    assert (texts[0] == texts[1]) == (expected == "None")
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -397,6 +424,7 @@ def test_the_first_difference(ours: Any, theirs: Any, expected: object) -> None:
         ({"class_labels": 11}, "class_labels must lie in [0, 9], or be the null label 10"),
         ({"class_labels": [1, 2]}, "class_labels must have shape [23]; got [2]"),
         ({"class_labels": None, "guidance_scale": 2.0}, "guidance_scale needs class_labels"),
+        ({"guidance_scale": [1.0, 2.0]}, "sample_sharded: guidance_scale must be one number; got"),
         ({"num_steps": 11}, "num_steps must lie in [1, 10]; got 11"),
         ({"eta": 0.5}, "eta belongs to ddim; got 0.5 for ddpm"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
@@ -637,11 +665,10 @@ def test_torchrun_takes_the_commands_that_are_shown(capsys: pytest.CaptureFixtur
         cli._parser().parse_args(parsed.training_script_args)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval bpd"])
-def test_torchrun_leaves_the_number_of_samples_alone(command: str) -> None:
+def test_torchrun_leaves_the_number_of_samples_alone() -> None:
     from torch.distributed.run import get_args_parser
 
-    words = ["-m", "ddpm_fast", *command.split(), "--num-samples", "5"]
+    words = ["-m", "ddpm_fast", "sample", "--num-samples", "5"]
     parsed = get_args_parser().parse_args(words)
     assert cli._parser().parse_args(parsed.training_script_args).num == 5
 
@@ -711,7 +738,8 @@ def test_processes_share_a_run_and_its_errors(tmp_path: Path, finished: dict[str
     assert broken.startswith("ValueError: to_uint8: images must not hold NaN; 5 of 5 do")
     for ours, theirs in zip(first[1:4], second[1:4], strict=True):
         assert ours == theirs.replace("ValueError: ", "OtherProcessError: process 1: ")
-    assert first[5:] == ["OtherProcessError: another process has ended"] and second[5:] == []
+    lost = "ConnectionError: the connection to another process was lost"
+    assert first[5:] == [lost] and second[5:] == []
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -742,6 +770,66 @@ def test_one_process_alone_tells_a_mistake(command: str, sentence: str, tmp_path
     assert [process.returncode for process in both] == [2, 2]
     (line,) = lines_of("".join(told))
     assert line.startswith(f"ddpm-fast: error: {sentence}")
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_for_help_succeed() -> None:
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", "sample", "--help"],
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+        )
+        for environment in small_training.environments(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+
+
+DIES = """
+import os
+from ddpm_fast.processes import processes
+
+with processes() as group:
+    group.gather(None)
+    os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_that_a_process_was_killed_is_told_by_one_that_is_left(tmp_path: Path) -> None:
+    environments = small_training.environments(3)
+    dying = subprocess.Popen([sys.executable, "-c", DIES], env=os.environ | environments.pop())
+    left = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", *DIGITS.split(), "--device=cpu", "--out=run/"],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    told = [process.communicate(timeout=300)[1] for process in left]
+    assert [process.wait() for process in (*left, dying)] == [2, 2, 9]
+    lost = "ddpm-fast: error: the connection to another process was lost"
+    assert lines_of("".join(told)) == [lost]
+
+
+TWO_GROUPS = """
+from ddpm_fast.processes import processes
+
+for number in range(2):
+    with processes() as group:
+        assert group.gather(number + group.rank) == [number, number + 1]
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun_may_form_groups_one_after_another(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(TWO_GROUPS)
+    command = [*TORCHRUN, "2", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -841,7 +929,7 @@ def test_killed_runs_of_any_number_of_processes_give_the_same_file(
     content = bytearray(altered.read_bytes())
     content[moments.randrange(len(content))] ^= 0xFF
     altered.write_bytes(content)
-    (out / "shards" / ".ddpm_fast-0123456789abcdef.tmp").write_bytes(b"half")
+    left_by_a_killed_writer(cut)
 
     with torchrun(count, out) as launcher:
         said, told = launcher.communicate()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import GaussianDiffusion, checkpoint, models, sample
+from ddpm_fast.atomic import atomic_write
 from ddpm_fast.data import TensorDataset
 from ddpm_fast.models import LightweightUNet, UNet
 from ddpm_fast.processes import Processes, local_device
@@ -146,6 +147,17 @@ def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path: Path) -> None:
     train(*quick_recipe(), out=path, resume=True, progress=False)
     whole = train(*quick_recipe(), out=tmp_path / "whole.safetensors", progress=False)
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    out, of_another = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    with atomic_write(out):
+        (left,) = tmp_path.iterdir()
+    (tmp_path / "m.safetensors").unlink()
+    left.write_bytes(b"half")
+    with atomic_write(of_another):
+        train(*quick_recipe(num_steps=1), out=out, progress=False)
+    assert set(tmp_path.iterdir()) == {out, of_another}
 
 
 def test_a_diverged_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .. import bench
 from ..atomic import atomic_write
-from .options import add_device, check_writable, device_named, uses_native
+from .options import add_device, check_file_writable, device_named, uses_native
 
 SUMMARY = "measure the kernels beside eager PyTorch and the fallback, in a minute"
 EXAMPLES = """\
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if args.json is not None:
-        check_writable(args.json)
+        check_file_writable(args.json, "--json")
     device = device_named(args.device)
     uses_native(device, "native")
     machine = bench.machine(device)

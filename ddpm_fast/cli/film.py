@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import image_io
 from ..image_io.animation import ANIMATIONS
 from ..intermediates import Intermediates, checked_moments
-from .options import check_writable, count
+from .options import check_file_writable, count
 
 FRAMES, COLUMNS = 50, 10
 
@@ -42,7 +42,7 @@ def check_film(args: argparse.Namespace, kind: str) -> None:
     if args.strip is not None:
         if Path(args.strip).suffix.lower() != ".png":
             raise ValueError(f"--strip {args.strip} must end in .png")
-        check_writable(args.strip, "--strip")
+        check_file_writable(args.strip, "--strip")
         if Path(args.strip).resolve() == Path(args.out).resolve():
             raise ValueError(f"--strip and --out are one file, {args.strip}")
     if args.frames is None:

@@ -77,22 +77,33 @@ def is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep)) or Path(out).is_dir()
 
 
-def check_writable(out: str, option: str = "--out") -> None:
-    """Find out before the work is done whether the file or folder ``out`` can be written.
-
-    ``option`` is what asks for it.
+def check_file_writable(out: str, option: str) -> None:
+    """Find out before the work is done whether the file that ``option`` asks for can be written.
 
     Raises:
-        ValueError: The folder of a file is missing, nothing can be written there, or a file or a
-            folder of that name is in the way.
+        ValueError: its folder is missing, nothing can be written there, or it is a folder or
+            another thing that is no file.
     """
     path = Path(out)
     if is_folder(out):
-        folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    elif path.exists() and not path.is_file():
+        raise ValueError(f"{option} {out} is a folder; name the file to write")
+    if path.exists() and not path.is_file():
         raise ValueError(f"{option} {out} exists and is not a regular file")
-    else:
-        folder = path.parent
+    _check_writable(path.parent, out, option)
+
+
+def check_folder_writable(out: str, option: str) -> None:
+    """Find out before the work is done whether files can be written into a folder.
+
+    Raises:
+        ValueError: nothing can be written there, or where it is to be made.
+    """
+    path = Path(out)
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    _check_writable(folder, out, option)
+
+
+def _check_writable(folder: Path, out: str, option: str) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -136,18 +147,6 @@ def add_checkpoint(parser: argparse._ActionsContainer) -> None:
         default="digits",
         metavar="NAME|PATH",
         help="a bundled model or a checkpoint file (default: %(default)s)",
-    )
-
-
-def add_num(parser: argparse._ActionsContainer, meaning: str, default: int | None = None) -> None:
-    """``--num``, of pictures."""
-    parser.add_argument(
-        "--num",
-        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
-        type=count,
-        default=default,
-        metavar="N",
-        help=meaning,
     )
 
 

@@ -19,6 +19,7 @@ from .. import image_io
 from ..checkpoint import Loaded, load
 from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
+from ..memory import out_of_memory_as
 from ..ops import BACKENDS
 from ..processes import launched, processes
 from ..sampler import sample
@@ -30,11 +31,11 @@ from .options import (
     add_checkpoint,
     add_device,
     add_image_size,
-    add_num,
     add_precision,
     add_seed,
     add_spacing,
-    check_writable,
+    check_file_writable,
+    check_folder_writable,
     count,
     device_named,
     index,
@@ -61,7 +62,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     what = parser.add_argument_group("what to draw")
     add_checkpoint(what)
-    add_num(what, "number of samples (default: %(default)s)", default=64)
+    what.add_argument(
+        "--num",
+        "--num-samples",  # torchrun takes --num for an abbreviation of an option of its own
+        type=count,
+        default=64,
+        metavar="N",
+        help="number of samples (default: %(default)s)",
+    )
     what.add_argument(
         "--classes",
         metavar="LIST",
@@ -124,12 +132,13 @@ def run(args: argparse.Namespace) -> None:
         _run_sharded(args)
         return
     kind = output_kind(args.out)
-    check_writable(args.out)
+    check = check_folder_writable if kind == "folder" else check_file_writable
+    check(args.out, "--out")
     check_film(args, kind)
 
     device = device_named(args.device)
     native = uses_native(device, args.backend)
-    model, diffusion = load(args.checkpoint, device=device)
+    model, diffusion = _loaded(args, device)
     _check_channels(model, args, kind)
     labels = _labels(model, args)
     started = time.perf_counter()
@@ -161,6 +170,11 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def _loaded(args: argparse.Namespace, device: torch.device) -> tuple[Loaded, GaussianDiffusion]:
+    with out_of_memory_as(f"{args.checkpoint}: {device} has too little memory for it"):
+        return load(args.checkpoint, device=device)
+
+
 def _check_channels(model: Loaded, args: argparse.Namespace, kind: str) -> None:
     """Refuse to draw what cannot be painted, such as latents."""
     if model.in_channels not in (1, 3) and (kind != ".npz" or args.strip is not None):
@@ -184,7 +198,10 @@ def _batches(
     with tqdm(total=args.num, unit="sample", disable=True if one_batch else None) as bar:
         for start in range(0, args.num, args.batch):
             count = min(args.batch, args.num - start)
-            try:
+            with out_of_memory_as(
+                f"--batch {args.batch}: {device} has too little memory"
+                " for so many samples at a time"
+            ):
                 drawn = sample(
                     model,
                     (count, model.in_channels, size, size),
@@ -203,11 +220,6 @@ def _batches(
                     progress=one_batch and sys.stderr.isatty(),
                     return_intermediates=film.moments,
                 )
-            except torch.OutOfMemoryError:
-                raise ValueError(
-                    f"--batch {args.batch}: {device} has too little memory "
-                    "for so many samples at a time"
-                ) from None
             yield args.first_index + start, film.take(drawn).cpu()
             bar.update(count)
 
@@ -219,7 +231,7 @@ def _run_sharded(args: argparse.Namespace) -> None:
             folder = _shard_folder(args)
             device = device_named(args.device)
             native = uses_native(device, args.backend)
-            model, diffusion = load(args.checkpoint, device=device)
+            model, diffusion = _loaded(args, device)
             labels = _labels(model, args)
             size = _size(model, args)
         started = time.perf_counter()
@@ -256,7 +268,7 @@ def _shard_folder(args: argparse.Namespace) -> str:
         raise ValueError(f"--out {out}: shards are written into a folder; give one, such as run/")
     if args.strip is not None or args.frames is not None:
         raise ValueError("--strip and --frames are for a run in one piece, not for one of shards")
-    check_writable(os.path.join(out, ""))
+    check_folder_writable(os.path.join(out, ""), "--out")
     return out
 
 

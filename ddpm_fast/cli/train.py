@@ -6,15 +6,14 @@ import argparse
 import time
 from typing import Any
 
-import torch
-
 from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from ..losses import LOSSES
+from ..memory import out_of_memory_as
 from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
 from ..training import Recipe, digits_recipe, folder_recipe, train
 from ..training.config import LR_SCHEDULES, PRECISIONS
-from .options import PROG, add_device, check_writable, count, device_named, is_folder
+from .options import PROG, add_device, check_file_writable, count, device_named
 
 SUMMARY = "train a model on the digits or on your pictures"
 EXAMPLES = """\
@@ -155,14 +154,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, group: Processes) -> None:
-    if is_folder(args.out):
-        raise ValueError(f"--out {args.out} is a folder; name the checkpoint file to write")
-    check_writable(args.out)
+    check_file_writable(args.out, "--out")
 
     device = device_named(args.device)
     recipe = _recipe(args)
     started = time.perf_counter()
-    try:
+    with out_of_memory_as(
+        f"--batch-size {recipe.config.batch_size}: {device} has too little memory for so many"
+        " pictures at a time; take fewer, or more parts with --accumulate"
+    ):
         train(
             *recipe,
             out=args.out,
@@ -171,11 +171,6 @@ def _train(args: argparse.Namespace, group: Processes) -> None:
             log_dir=args.log_dir,
             sample_every=args.sample_every,
         )
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"--batch-size {recipe.config.batch_size}: {device} has too little memory for so many"
-            " pictures at a time; take fewer, or more parts with --accumulate"
-        ) from None
     seconds = time.perf_counter() - started
     if group.leads:
         where = f"{device}" if group.count == 1 else f"{group.count} processes of {device.type}"

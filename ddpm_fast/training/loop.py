@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint
+from ..atomic import remove_leftovers
 from ..data import Dataset
 from ..diffusion import GaussianDiffusion
 from ..processes import local_device, processes
@@ -72,6 +73,7 @@ def train(
             checkpoint from before.
         KeyboardInterrupt: Ctrl-C; the run can be resumed.
         OtherProcessError: under torchrun, another process failed, and raises one of the above.
+        ConnectionError: under torchrun, another process has ended, or can no longer be reached.
     """
     out = Path(out)
     check_can_log(model, log_dir, sample_every)
@@ -87,6 +89,8 @@ def train(
         steps = group.gather(run.step)  # also, nobody writes before all have looked
         if len(set(steps)) > 1:
             raise ValueError(f"{out}: the processes have read different files, of steps {steps}")
+        if group.leads:
+            remove_leftovers(out)
         log = Log(log_dir, run.step) if log_dir is not None and group.leads else None
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             _loop(run, out, progress and group.leads, log, sample_every)

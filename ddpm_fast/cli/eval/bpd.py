@@ -15,16 +15,16 @@ from torch import Tensor
 from ...atomic import atomic_write
 from ...checkpoint import Loaded, load
 from ...likelihood import BitsPerDim, bits_per_dim
+from ...memory import out_of_memory_as
 from ..options import (
     add_batch,
     add_checkpoint,
     add_device,
     add_image_size,
-    add_num,
     add_precision,
     add_seed,
     add_spacing,
-    check_writable,
+    check_file_writable,
     count,
     device_named,
 )
@@ -46,7 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=pictures.METAVAR,
         help=f"{pictures.HELP} (default: %(default)s)",
     )
-    add_num(parser, "so many of them, taken evenly (default: all)")
+    parser.add_argument(
+        "--num", type=count, metavar="N", help="so many of them, taken evenly (default: all)"
+    )
     parser.add_argument(
         "--levels",
         type=count,
@@ -74,12 +76,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if args.json is not None:
-        check_writable(args.json)
+        check_file_writable(args.json, "--json")
     device = device_named(args.device)
-    model, diffusion = load(args.checkpoint, device=device)
+    with out_of_memory_as(f"{args.checkpoint}: {device} has too little memory for it"):
+        model, diffusion = load(args.checkpoint, device=device)
     images, labels = _chosen(args, model)
     levels = args.levels or (DIGIT_LEVELS if args.data in pictures.DIGITS else 256)
-    try:
+    with out_of_memory_as(
+        f"--batch {args.batch}: {device} has too little memory for so many pictures at a time"
+    ):
         found = bits_per_dim(
             model,
             diffusion,
@@ -94,10 +99,6 @@ def run(args: argparse.Namespace) -> None:
             precision=args.precision,
             progress=sys.stderr.isatty(),
         )
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"--batch {args.batch}: {device} has too little memory for so many pictures at a time"
-        ) from None
     print(
         f"{args.checkpoint}: {len(images)} pictures of {args.data}, "
         f"{'no labels' if labels is None else 'with labels'}, {levels} levels, seed {args.seed}\n"

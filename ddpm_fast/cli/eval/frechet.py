@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...data import Dataset
 from ...frechet import Extractor, FeatureStatistics, features_of, frechet_distance, pixels
+from ...memory import is_out_of_memory, out_of_memory_as
 from ..options import add_batch, add_device, device_named
 from .pictures import DIGITS, HELP, METAVAR, add_size, batch_of, batches_of, opened
 
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     device = device_named(args.device)
     extractor = extractor_named(args.features)
     if isinstance(extractor, nn.Module):
-        extractor = extractor.to(device)
+        with out_of_memory_as(f"--features {args.features}: {device} has too little memory for it"):
+            extractor = extractor.to(device)
     size, channels = _size(args)
     sets = [opened(data, size, channels) for data in (args.samples, args.reference)]
     for data, found in zip((args.samples, args.reference), sets, strict=True):
@@ -108,15 +110,21 @@ def _features(
     args: argparse.Namespace, extractor: Extractor, dataset: Dataset, device: torch.device
 ) -> Iterator[Tensor]:
     """Those of all pictures, batch by batch; what an extractor raises is one sentence."""
+    sentence = (
+        f"--batch {args.batch}: {device} has too little memory for so many pictures at a time"
+    )
     for indices in batches_of(dataset, args.batch):
-        images = batch_of(dataset, indices)[0].to(device)
-        try:
-            yield from features_of(extractor, images, batch_size=args.batch)
-        except Exception as error:
-            line = str(error).partition("\n")[0]
-            raise ValueError(
-                f"--features {args.features} failed: {type(error).__name__}: {line}"
-            ) from error
+        with out_of_memory_as(sentence):
+            images = batch_of(dataset, indices)[0].to(device)
+            try:
+                yield from features_of(extractor, images, batch_size=args.batch)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                line = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"--features {args.features} failed: {type(error).__name__}: {line}"
+                ) from error
 
 
 def _warn_of_few_pictures(dimensions: int, samples: int, reference: int) -> None:

@@ -7,7 +7,7 @@ import argparse
 from ...atomic import atomic_write
 from ...image_io import to_uint8
 from ...image_io.npz import write_npz
-from ..options import check_writable
+from ..options import check_file_writable
 from .pictures import HELP, METAVAR, add_size, batch_of, batches_of, opened
 
 SUMMARY = "pictures as an npz that FID tools take: arr_0, uint8 [N, H, W, C]"
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if not args.out.endswith(".npz"):
         raise ValueError(f"--out {args.out} must end in .npz")
-    check_writable(args.out)
+    check_file_writable(args.out, "--out")
     dataset = opened(args.data, args.image_size, args.channels)
     # One at a time: reference sets are large.
     parts = (to_uint8(batch_of(dataset, few)[0]) for few in batches_of(dataset, _BATCH))
