@@ -226,6 +226,8 @@ def test_a_flag_is_true_or_false(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("steps: [", "not YAML: "),
         ("- steps", "must hold options by their names"),
         ("3: 4", "must hold options by their names"),
+        ("false", "must hold options by their names"),
+        ("num: 2021-99-99", "not YAML: month must be in 1..12"),
         ("steps:", "steps: must be a value; got None"),
         ("seed: 1\nseed: 2", "not YAML: the key seed is repeated in "),
         ("sample: {seed: 1, seed: 2}", "not YAML: the key seed is repeated in "),
@@ -242,6 +244,17 @@ def test_mistakes_of_yaml(
     said = complaint("sample", "--config", str(path), capsys=capsys)
     assert said.startswith(f"{path}: {sentence}")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [("--c", "ambiguous option: --c could match"), ("--conf", "--config cannot be abbreviated")],
+)
+def test_the_option_is_written_in_full(
+    flag: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "run.toml", {"steps": 3})
+    assert complaint("sample", flag, path, capsys=capsys).startswith(sentence)
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

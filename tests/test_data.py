@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,28 @@ def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 8).batch(torch.tensor([0]), generator())
 
 
+def test_hidden_folders_are_left_out_and_links_are_followed(tmp_path: Path) -> None:
+    save_picture(tmp_path / "elsewhere" / "1.png", colour(1))
+    folder = tmp_path / "pictures"
+    save_picture(folder / "a" / "0.png", colour(0))
+    save_picture(folder / ".checkpoints" / "2.png", colour(2))
+    (folder / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "a" / "again").symlink_to(folder, target_is_directory=True)
+    dataset = ImageFolder(folder, 8, class_labels=True)
+    assert dataset.class_names == ("a", "b")
+    assert [str(file.relative_to(folder)) for file in dataset.files] == ["a/0.png", "b/1.png"]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = picture.getpixel((0, 0))
+    picture.save(tmp_path / "a.png")
+    images, _ = ImageFolder(tmp_path, 8, flip=False).batch(torch.tensor([0]), generator())
+    assert (images == 1).all()
+
+
 def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="not a folder of pictures"):
         ImageFolder(tmp_path / "absent", 8)
@@ -195,6 +218,36 @@ def test_labels_of_tensors_are_below_the_number_of_classes(label: int) -> None:
     with pytest.raises(ValueError) as caught:
         TensorDataset(torch.zeros(3, 1, 2, 2), labels, num_classes=2)
     assert str(caught.value) == (f"TensorDataset: labels must be classes from 0 to 1; got {label}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            [torch.zeros(3, 2, 2)],
+            "images must be float32 [N, C, H, W], none of these 0; got float32",
+        ),
+        (
+            [torch.zeros(0, 1, 2, 2)],
+            "images must be float32 [N, C, H, W], none of these 0; got float",
+        ),
+        (
+            [torch.zeros(3, 1, 2, 2).byte()],
+            "images must be float32 [N, C, H, W], none of these 0; got",
+        ),
+        (
+            [torch.zeros(3, 1, 2, 2), torch.arange(3)],
+            "labels and num_classes must be given together",
+        ),
+        ([torch.zeros(3, 1, 2, 2), None, 3], "labels and num_classes must be given together"),
+        ([torch.zeros(3, 1, 2, 2), torch.arange(2), 3], "labels must be int64 [3]; got int64 [2]"),
+        ([torch.zeros(3, 1, 2, 2), torch.zeros(3), 3], "labels must be int64 [3]; got float32 [3]"),
+    ],
+)
+def test_tensors_are_pictures_and_their_labels(arguments: list[Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        TensorDataset(*arguments)
+    assert str(caught.value).startswith(f"TensorDataset: {sentence}")
 
 
 # --- npz files ------------------------------------------------------------------------------------
@@ -276,6 +329,14 @@ def test_npz_errors(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str
         NpzDataset(tmp_path / "a.npz", 8, label_column=label_column)
     assert str(caught.value).startswith(f"{tmp_path / 'a.npz'}: ")
     assert str(caught.value).endswith(sentence)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not os.getuid(), reason="root may read all")
+def test_npz_that_may_not_be_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", pixels(2, 8, 8))
+    (tmp_path / "a.npz").chmod(0)
+    with pytest.raises(PermissionError):
+        NpzDataset(tmp_path / "a.npz", 8)
 
 
 def test_npz_that_is_not_whole(tmp_path: Path) -> None:
@@ -521,8 +582,8 @@ def test_the_fingerprint_is_of_the_contents(kind: str, tmp_path: Path) -> None:
     def fingerprint(place: str, seed: int, labels: list[int]) -> str:
         path, pictures = tmp_path / place, [colour(seed, size) for size in (8, 8)]
         if kind == "tensors":
-            images = torch.from_numpy(np.stack(pictures))
-            return TensorDataset(images, torch.tensor(labels)).description()["fingerprint"]
+            images = torch.from_numpy(np.stack(pictures)).float()
+            return TensorDataset(images, torch.tensor(labels), 3).description()["fingerprint"]
         if kind == "folder":
             for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
                 save_picture(path / f"{label}" / f"{i}.png", picture)

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,6 +172,50 @@ def test_a_diverged_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     saved = checkpoint.read(path)
     assert saved.step == 5
     assert all(tensor.isfinite().all() for tensor in saved.model.values())
+
+
+def test_a_run_that_diverges_at_once_says_that_nothing_was_written(tmp_path: Path) -> None:
+    recipe = quick_recipe()
+    recipe.dataset.images.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0: .* norm nan; nothing was written$"):
+        train(*recipe, out=tmp_path / "a.safetensors", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+class Described(Pictures):
+    """Pictures that tell something of themselves."""
+
+    def __init__(self, told: object) -> None:
+        super().__init__()
+        self.told = told
+
+    def description(self) -> dict[str, Any]:
+        return {"size": self.told}
+
+
+def test_a_description_is_compared_as_it_is_saved(tmp_path: Path) -> None:
+    recipe = quick_recipe(num_steps=1)._replace(dataset=Described((4, 4)))
+    path = train(*recipe, out=tmp_path / "a.safetensors", progress=False)
+    train(*recipe, out=path, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"its dataset's size is \[4, 4\], this run's is 5"):
+        train(*recipe._replace(dataset=Described(5)), out=path, resume=True, progress=False)
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    for recipe in (
+        quick_recipe()._replace(dataset=Described(np.int64(4))),
+        quick_recipe(seed=np.int64(4)),
+    ):
+        with pytest.raises(ValueError, match="a checkpoint cannot tell of this run: .*int64"):
+            train(*recipe, out=tmp_path / "a.safetensors", progress=False)
+        assert recipe.dataset.batches == 0
+
+
+def test_a_run_of_more_steps_is_not_resumed_for_fewer(tmp_path: Path) -> None:
+    path = train(*quick_recipe(num_steps=3), out=tmp_path / "a.safetensors", progress=False)
+    with pytest.raises(ValueError) as caught:
+        train(*quick_recipe(num_steps=2), out=path, resume=True, progress=False)
+    assert str(caught.value) == f"{path}: has had 3 steps, more than this run's 2"
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import GaussianDiffusion, load, sample
+from ddpm_fast import GaussianDiffusion, checkpoint, load, sample
 from ddpm_fast.training import train
 from small_training import curves, quick_recipe
 
@@ -113,3 +113,26 @@ def test_an_interrupted_run_has_told_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(*recipe, out=tmp_path / "a.safetensors", progress=False, log_dir=tmp_path / "logs")
     assert [step for step, _ in curves(tmp_path / "logs")["loss"]] == [5, 8]
+
+
+def test_a_foreign_network_is_refused_by_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = quick_recipe()._replace(model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="a checkpoint cannot hold a Linear; known"):
+        train(*recipe, out=tmp_path / "a.safetensors", log_dir=tmp_path / "logs", sample_every=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_is_written_before_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ddpm_fast.training.logs.save_grid", full)
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(OSError, match="No space left"):
+        train(*quick_recipe(), out=out, log_dir=tmp_path / "logs", sample_every=5, progress=False)
+    assert checkpoint.read(out).step == 5

@@ -29,12 +29,16 @@ class ConfigurableParser(argparse.ArgumentParser):
     ) -> tuple[Any, list[str]]:
         """As argparse does, after the file has been read."""
         argv = sys.argv[1:] if args is None else list(args)
-        if self.tables is not None:
-            try:
-                use_config(self, self.command, self.tables, argv)
-            except (ImportError, ValueError) as error:
-                self.error(str(error))
-        return super().parse_known_args(argv, namespace)
+        if self.tables is None:
+            return super().parse_known_args(argv, namespace)
+        try:
+            path = use_config(self, self.command, self.tables, argv)
+        except (ImportError, ValueError) as error:
+            self.error(str(error))
+        parsed, rest = super().parse_known_args(argv, namespace)
+        if parsed.config != path:
+            self.error("--config cannot be abbreviated")
+        return parsed, rest
 
 
 def add_config(parser: ConfigurableParser) -> None:
@@ -71,7 +75,7 @@ def _leaves(
 
 def use_config(
     parser: argparse.ArgumentParser, command: Sequence[str], tables: Tables, argv: Sequence[str]
-) -> None:
+) -> str | None:
     """Make what the file of ``--config`` in ``argv`` says the defaults of a command's parser.
 
     The file's keys are the long options without their dashes, and the names of positional
@@ -85,6 +89,9 @@ def use_config(
         tables: the names of all commands, nested as they are.
         argv: what comes behind the command.
 
+    Returns:
+        The file's path, if there is one.
+
     Raises:
         ValueError: The file is missing, or is neither TOML nor YAML; it has a key that the command
             does not know, two keys for one option, or a value that the option does not take. The
@@ -93,7 +100,7 @@ def use_config(
     """
     path = _config_path(argv)
     if path is None:
-        return
+        return None
     actions = _actions_by_key(parser)
     given: dict[argparse.Action, tuple[str, object]] = {}
     for values, inner in _tables_of(command, tables, read(path)):
@@ -106,6 +113,7 @@ def use_config(
             _set_default(parser, action, value)
         except argparse.ArgumentError as error:
             raise ValueError(f"{path}: {key}: {error.message}") from None
+    return path
 
 
 def read(path: str) -> Values:
@@ -156,13 +164,14 @@ def _parse_yaml(text: str, path: str) -> object:
             return node
 
     try:
-        return yaml.load(text, Loader) or {}
-    except yaml.YAMLError as error:
+        found = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a date of no calendar is a ValueError
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return {} if found is None else found  # an empty file
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config")
     try:
         found, _ = finder.parse_known_args(argv)

@@ -41,13 +41,24 @@ class TensorDataset:
         num_classes: the number of labels.
 
     Raises:
-        ValueError: a label is not in [0, ``num_classes``).
+        ValueError: no pictures, or pictures or labels that are not as above.
     """
 
     def __init__(
         self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None
     ) -> None:
+        if images.dtype != torch.float32 or images.dim() != 4 or not images.numel():
+            raise ValueError(
+                "TensorDataset: images must be float32 [N, C, H, W], none of these 0;"
+                f" got {_told(images)}"
+            )
+        if (labels is None) != (num_classes is None):
+            raise ValueError("TensorDataset: labels and num_classes must be given together")
         if labels is not None and num_classes is not None:
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"TensorDataset: labels must be int64 [{len(images)}]; got {_told(labels)}"
+                )
             wrong = labels[(labels < 0) | (labels >= num_classes)]
             if len(wrong):
                 raise ValueError(
@@ -69,3 +80,7 @@ class TensorDataset:
         """See :class:`Dataset`; the fingerprint is of a few pictures and all labels."""
         images = self.images[evenly_spaced(len(self))].cpu().numpy()
         return {"fingerprint": fingerprint([images.tobytes()], self.labels)}
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

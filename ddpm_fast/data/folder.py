@@ -29,9 +29,11 @@ IMAGE_EXTENSIONS = (
 class ImageFolder(Pictures):
     """The image files in a folder and its subfolders, resized, cropped and optionally flipped.
 
-    Each picture is turned as its EXIF orientation says, scaled so that its shorter side is
-    ``image_size``, and cropped at the centre to a square. Files are taken in the order of their
-    paths, and read when a batch asks for them.
+    Hidden files and folders are left out, and links to folders are followed.
+
+    Each picture is turned as its EXIF orientation says, laid on white where it is transparent,
+    scaled so that its shorter side is ``image_size``, and cropped at the centre to a square. Files
+    are taken in the order of their paths, and read when a batch asks for them.
 
     Args:
         path: the folder.
@@ -84,7 +86,8 @@ def _image_files(path: Path) -> list[Path]:
         raise NotADirectoryError(f"{path}: not a folder of pictures")
     files = sorted(
         file
-        for file in path.rglob("*")
+        for folder, names in _folders(path)
+        for file in (folder / name for name in names)
         if file.suffix.lower() in IMAGE_EXTENSIONS
         and not file.name.startswith(".")
         and file.is_file()
@@ -92,6 +95,22 @@ def _image_files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{path}: holds no pictures (looked for {' '.join(IMAGE_EXTENSIONS)})")
     return files
+
+
+def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it with the names of their files: not hidden ones, but those linked.
+
+    A link to a folder that it lies in is not followed.
+    """
+    for name, folders, files in os.walk(path, followlinks=True):
+        folder = Path(name)
+        around = {parent.resolve() for parent in (folder, *folder.parents)}
+        folders[:] = [
+            inner
+            for inner in folders
+            if not inner.startswith(".") and (folder / inner).resolve() not in around
+        ]
+        yield folder, files
 
 
 def _class_names(path: Path, files: Sequence[Path]) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class NpzDataset(Pictures):
             default there are no labels.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         ValueError: it is not a whole npz file, an array is missing or is not as above, or an
             argument is out of range.
     """
@@ -92,9 +92,9 @@ class NpzDataset(Pictures):
 
 
 def _read_arrays(path: Path, names: list[str]) -> list[Array]:
-    if not zipfile.is_zipfile(path):
-        path.stat()  # raises FileNotFoundError
-        raise ValueError(f"{path}: not a whole npz file")
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path}: not a whole npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             for name in names:

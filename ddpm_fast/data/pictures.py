@@ -22,8 +22,9 @@ _MOST_CLASSES = 2**20
 class Pictures(ABC):
     """Pictures that are opened when a batch asks for them, by several threads.
 
-    Each is turned as its EXIF orientation says, scaled so that its shorter side is ``image_size``,
-    cropped at the centre to a square, and optionally mirrored. A subclass says how many there are,
+    Each is turned as its EXIF orientation says, laid on white where it is transparent, scaled so
+    that its shorter side is ``image_size``, cropped at the centre to a square, and optionally
+    mirrored. A subclass says how many there are,
     how to open each, and their labels.
 
     Args:
@@ -94,7 +95,7 @@ class Pictures(ABC):
         try:
             with self._open(index) as opened:
                 image = _eight_bit(ImageOps.exif_transpose(opened))
-                image = image.convert("RGB" if self.channels == 3 else "L")
+                image = _on_white(image).convert("RGB" if self.channels == 3 else "L")
                 image = ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
@@ -111,6 +112,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of unknown range")
     return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Transparent pixels show white, and not the colour that happens to lie beneath."""
+    if not image.has_transparency_data:
+        return image
+    opaque = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
 
 
 def integer_labels(

@@ -42,8 +42,8 @@ class TrainConfig:
             (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
         seed: of everything random.
         checkpoint_every: steps between two checkpoints.
-        lr_schedule: ``constant`` after warm-up, or ``cosine``, half a cosine down to zero at
-            ``num_steps``.
+        lr_schedule: ``constant`` after warm-up, or ``cosine``, half a cosine that would reach zero
+            in the step after the last.
         ema_half_life: instead of ``ema_decay``: pictures after which the share of a weight in the
             average has halved (Karras et al. 2022, arXiv 2206.00364, appendix F.2: 500,000 for
             CIFAR-10), whatever the batch. The warm-up is the same.

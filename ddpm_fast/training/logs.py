@@ -30,10 +30,12 @@ def check_can_log(
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
-        ValueError: pictures without a place, below one step apart, or that are none.
+        ValueError: a model that checkpoints do not know; pictures without a place, below one step
+            apart, or that are none.
     """
     if log_dir is not None:
         _summary_writer()
+    checkpoint.architecture_of(model)
     if sample_every is None:
         return
     if log_dir is None:

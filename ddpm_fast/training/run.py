@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +59,10 @@ class Run:
         self.group = group
         self.step = 0
         self.image_shape: tuple[int, ...] = ()
+        self._has_file = False
         self._dataset_size = len(dataset)
-        self._dataset_description = _description_of(dataset)
+        self._dataset_description = _as_saved(_description_of(dataset))
+        _as_saved(self._description())
         self._batches = Batches(
             dataset, config, diffusion.num_timesteps, self.num_classes, device, group
         )
@@ -94,13 +97,15 @@ class Run:
             loss, norm = recent[first].tolist()
             raise FloatingPointError(
                 f"training diverged in step {self.step - len(recent) + first}: loss {loss:g},"
-                f" gradient norm {norm:g}; the last checkpoint was kept"
+                f" gradient norm {norm:g}; "
+                + ("the last checkpoint was kept" if self._has_file else "nothing was written")
             )
         self._unchecked.clear()
         return Recent(*recent.mean(dim=0).tolist())
 
     def save(self, out: Path) -> None:
         """Write a checkpoint, in the process that leads."""
+        self._has_file = True
         if self.group.leads:
             checkpoint.save(
                 out,
@@ -138,6 +143,7 @@ class Run:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved.step
+        self._has_file = True
 
     def _backward(self, part: Part) -> Tensor:
         """Add a part's gradient, and give its share in the loss of the batch."""
@@ -206,6 +212,10 @@ class Run:
                     f"{path}: cannot be resumed: its {name} is {their_value},"
                     f" this run's is {our_value}"
                 )
+        if saved.step > self.config.num_steps:
+            raise ValueError(
+                f"{path}: has had {saved.step} steps, more than this run's {self.config.num_steps}"
+            )
         if not saved.optimizer:
             raise ValueError(f"{path}: cannot be resumed: it holds no optimizer state")
 
@@ -215,6 +225,15 @@ def _description_of(dataset: Dataset) -> dict[str, Any]:
     describe = getattr(dataset, "description", dict)
     described: dict[str, Any] = describe()
     return described
+
+
+def _as_saved(description: dict[str, Any]) -> dict[str, Any]:
+    """What JSON makes of it, so that it compares with what a checkpoint tells."""
+    try:
+        saved: dict[str, Any] = json.loads(json.dumps(description))
+    except TypeError as error:
+        raise ValueError(f"a checkpoint cannot tell of this run: {error}") from None
+    return saved
 
 
 def _checked_classes(
