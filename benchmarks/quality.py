@@ -79,7 +79,12 @@ def halves(split: str = "order") -> Halves:
 
     both = digits("all")
     parts = train_test_split(range(len(both)), test_size=0.5, stratify=both.labels, random_state=0)
-    return Halves(*(TensorDataset(*both.batch(torch.tensor(p), torch.Generator())) for p in parts))
+    return Halves(
+        *(
+            TensorDataset(*both.batch(torch.tensor(part), torch.Generator()), both.num_classes)
+            for part in parts
+        )
+    )
 
 
 def measure(

@@ -127,6 +127,7 @@ def test_q_sample_is_checked() -> None:
         checking.check_forward(problem, lambda: (ours()[0] * 1.01, ours()[1]))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_loops_are_checked() -> None:
     problem = contenders.loop_problem(LightweightUNet(), (1, 3, 8, 8), 25, device=CPU)
     loop = contenders.reference_loop(problem)
@@ -146,6 +147,7 @@ def test_the_bare_network_is_called_once_a_step() -> None:
 
 
 @needs_native
+@pytest.mark.usefixtures("one_thread")
 def test_measure_goes_through_everything() -> None:
     shapes = {768: (1, 3, 16, 16)}
     results = list(bench.measure(CPU, shapes=shapes, loop_steps=25, seconds=0))

@@ -144,6 +144,7 @@ def gaussian_classifier(diffusion: GaussianDiffusion, data: GaussianModel) -> An
     return cond_fn
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("prediction_type", "sampler"),
     [
