@@ -200,7 +200,7 @@ def test_help_of_train_tells_the_defaults_of_the_recipes(
     text = " ".join(help_text("train", capsys).split())
     digits, folder = digits_recipe().config, TrainConfig()
     assert list(cli.train.TRAIN_OPTIONS) == [field.name for field in fields(TrainConfig)]
-    for name, (flag, meaning, _, _) in cli.train.TRAIN_OPTIONS.items():
+    for name, (flag, meaning) in cli.train.TRAIN_OPTIONS.items():
         ours, theirs = getattr(digits, name), getattr(folder, name)
         default = f"{ours}" if ours == theirs else f"{ours} for digits, else {theirs}"
         default = "off" if ours is None else default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import fields
 from typing import Any
 
 from ..diffusion import PREDICTION_TYPES, VARIANCE_TYPES
@@ -11,8 +12,9 @@ from ..losses import LOSSES
 from ..memory import out_of_memory_as
 from ..processes import Processes, processes
 from ..schedules import BETA_SCHEDULES
-from ..training import Recipe, digits_recipe, folder_recipe, train
+from ..training import Recipe, TrainConfig, digits_recipe, folder_recipe, train
 from ..training.config import LR_SCHEDULES, PRECISIONS
+from ..training.recipes import DIGITS_OPTIONS
 from .options import PROG, add_device, check_file_writable, count, device_named
 
 SUMMARY = "train a model on the digits or on your pictures"
@@ -26,24 +28,24 @@ EXAMPLES = """\
 on all GPUs of a machine:
   torchrun --nproc-per-node gpu -m ddpm_fast train photos/ --out photos.safetensors"""
 
-# Each option of training.TrainConfig: its flag, its meaning, and the recipes' values.
+# Each option of training.TrainConfig: its flag and its meaning.
 TRAIN_OPTIONS = {
-    "num_steps": ("--steps", "optimizer steps in the whole run", 2_500, 800_000),
-    "batch_size": ("--batch-size", "pictures per step", 128, 128),
-    "learning_rate": ("--lr", "Adam's learning rate", 1e-3, 2e-4),
-    "warmup_steps": ("--warmup-steps", "steps in which it rises from zero", 200, 5_000),
-    "grad_clip": ("--grad-clip", "largest norm of the gradient", 1.0, 1.0),
-    "ema_decay": ("--ema-decay", "decay of the averaged weights per step", 0.999, 0.9999),
-    "label_dropout": ("--label-dropout", "share of labels hidden, for guidance", 0.1, 0.1),
-    "seed": ("--seed", "seed of everything random", 0, 0),
-    "checkpoint_every": ("--checkpoint-every", "steps between two checkpoints", 500, 5_000),
-    "lr_schedule": ("--lr-schedule", "after warm-up", "constant", "constant"),
-    "ema_half_life": ("--ema-half-life", "pictures, instead of --ema-decay", None, None),
-    "loss": ("--loss", "of each pixel", "mse", "mse"),
-    "min_snr_gamma": ("--min-snr-gamma", "weigh timesteps by min-SNR, often 5", None, None),
-    "offset_noise": ("--offset-noise", "noise shared by a channel, often 0.1", 0.0, 0.0),
-    "accumulate": ("--accumulate", "parts of a batch, one after the other", 1, 1),
-    "precision": ("--precision", "of the network", "fp32", "fp32"),
+    "num_steps": ("--steps", "optimizer steps in the whole run"),
+    "batch_size": ("--batch-size", "pictures per step"),
+    "learning_rate": ("--lr", "Adam's learning rate"),
+    "warmup_steps": ("--warmup-steps", "steps in which it rises from zero"),
+    "grad_clip": ("--grad-clip", "largest norm of the gradient"),
+    "ema_decay": ("--ema-decay", "decay of the averaged weights per step"),
+    "label_dropout": ("--label-dropout", "share of labels hidden, for guidance"),
+    "seed": ("--seed", "seed of everything random"),
+    "checkpoint_every": ("--checkpoint-every", "steps between two checkpoints"),
+    "lr_schedule": ("--lr-schedule", "after warm-up"),
+    "ema_half_life": ("--ema-half-life", "pictures, instead of --ema-decay"),
+    "loss": ("--loss", "of each pixel"),
+    "min_snr_gamma": ("--min-snr-gamma", "weigh timesteps by min-SNR, often 5"),
+    "offset_noise": ("--offset-noise", "noise shared by a channel, often 0.1"),
+    "accumulate": ("--accumulate", "parts of a batch, one after the other"),
+    "precision": ("--precision", "of the network"),
 }
 CHOICES = {"lr_schedule": LR_SCHEDULES, "loss": tuple(LOSSES), "precision": PRECISIONS}
 DIFFUSION_OPTIONS = {
@@ -74,22 +76,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--resume", action="store_true", help="continue the run in FILE")
     add_device(parser)
+    _add_recipe(parser.add_argument_group("recipe"))
+    _add_diffusion(parser.add_argument_group("diffusion"))
+    _add_logs(parser.add_argument_group("logs"))
+    _add_folders(parser.add_argument_group("for pictures of your own"))
 
-    recipe = parser.add_argument_group("recipe")
-    for name, (flag, meaning, digits, folder) in TRAIN_OPTIONS.items():
-        default = f"{digits}" if digits == folder else f"{digits} for digits, else {folder}"
+
+def _add_recipe(recipe: argparse._ArgumentGroup) -> None:
+    for field in fields(TrainConfig):
+        flag, meaning = TRAIN_OPTIONS[field.name]
+        digits = DIGITS_OPTIONS.get(field.name, field.default)
+        both = digits == field.default
+        default = f"{digits}" if both else f"{digits} for digits, else {field.default}"
         recipe.add_argument(
             flag,
-            dest=name,
+            dest=field.name,
             help=f"{meaning} (default: {'off' if digits is None else default})",
-            **_values(name, digits),
+            **_values(field.name, digits),
         )
 
-    diffusion = parser.add_argument_group("diffusion")
+
+def _add_diffusion(diffusion: argparse._ArgumentGroup) -> None:
     for name, (choices, meaning) in DIFFUSION_OPTIONS.items():
         diffusion.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=meaning)
 
-    logs = parser.add_argument_group("logs")
+
+def _add_logs(logs: argparse._ArgumentGroup) -> None:
     logs.add_argument("--log-dir", metavar="DIR", help="curves for TensorBoard (default: none)")
     logs.add_argument(
         "--sample-every",
@@ -98,7 +110,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="steps between two grids of samples in DIR (default: none)",
     )
 
-    folders = parser.add_argument_group("for pictures of your own")
+
+def _add_folders(folders: argparse._ArgumentGroup) -> None:
     folders.add_argument(
         "--image-size",
         type=count,

@@ -14,6 +14,15 @@ from ..models import UNet
 from .config import TrainConfig
 from .seeds import derived_seed
 
+# Of TrainConfig, for the digits; the rest are its defaults.
+DIGITS_OPTIONS: dict[str, Any] = {
+    "num_steps": 2_500,
+    "learning_rate": 1e-3,
+    "warmup_steps": 200,
+    "ema_decay": 0.999,
+    "checkpoint_every": 500,
+}
+
 
 class Recipe(NamedTuple):
     """What :func:`train` takes first: ``train(*recipe, out=...)``."""
@@ -33,14 +42,7 @@ def digits_recipe(*, diffusion_options: Mapping[str, Any] | None = None, **optio
         options: fields of :class:`TrainConfig` to change; with none the recipe is the bundled
             model's own.
     """
-    settings: dict[str, Any] = {
-        "num_steps": 2_500,
-        "learning_rate": 1e-3,
-        "warmup_steps": 200,
-        "ema_decay": 0.999,
-        "checkpoint_every": 500,
-    }
-    config = TrainConfig(**(settings | options))
+    config = TrainConfig(**(DIGITS_OPTIONS | options))
     diffusion = GaussianDiffusion.from_schedule(**(diffusion_options or {}))
     model = seeded_unet(
         config.seed,
