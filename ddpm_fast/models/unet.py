@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -146,73 +145,18 @@ class UNet(nn.Module):
         self.resblock_updown = resblock_updown
         self._check_config()
 
-        *_, norm_eps, symmetric_padding = CONVENTIONS[conventions]
-        norm = partial(_norm, groups=norm_groups, eps=norm_eps)
-        sinusoids = time_channels or model_channels
-        embedding_channels = 4 * sinusoids
-        self.time_embedding = nn.Sequential(
-            _linear(sinusoids, embedding_channels),
-            nn.SiLU(),
-            _linear(embedding_channels, embedding_channels),
-        )
-        self.class_embedding = (
-            None
-            if num_classes is None
-            else nn.Embedding(num_classes + null_label, embedding_channels)
-        )
-
-        def block(
-            channels: int, width: int, *, attends: bool = False, kind: type[_Block] = _Block
-        ) -> _Block:
-            return kind(
-                channels,
-                width,
-                embedding_channels,
-                dropout,
-                num_heads=self._heads(width) if attends else 0,
-                scale_shift=scale_shift_norm,
-                norm=norm,
-            )
-
-        widths = [model_channels * multiple for multiple in channel_mult]
-        attends = [size in self.attention_resolutions for size in self._sizes()]
-        last = len(widths) - 1
-
+        self._build_embeddings()
         self.conv_in = _conv(in_channels, model_channels)
-        channels = model_channels
-        skips = [channels]
-        self.encoder = nn.ModuleList()
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self.encoder.append(block(channels, width, attends=attends[level]))
-                channels = width
-                skips.append(channels)
-            if level < last:
-                self.encoder.append(
-                    block(channels, channels, kind=_DownBlock)
-                    if resblock_updown
-                    else _Downsample(channels, symmetric_padding)
-                )
-                skips.append(channels)
-
+        self.encoder, skips = self._build_encoder()
+        channels = skips[-1]
         self.middle = nn.ModuleList(
-            [block(channels, channels, attends=True), block(channels, channels)]
+            [
+                self._block(_Block, channels, channels, attends=True),
+                self._block(_Block, channels, channels),
+            ]
         )
-
-        self.decoder = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for _ in range(num_res_blocks + 1):
-                width = widths[level]
-                self.decoder.append(block(channels + skips.pop(), width, attends=attends[level]))
-                channels = width
-            if level > 0:
-                self.decoder.append(
-                    block(channels, channels, kind=_UpBlock)
-                    if resblock_updown
-                    else _Upsample(channels)
-                )
-
-        self.norm_out = norm(channels)
+        self.decoder, channels = self._build_decoder(skips)
+        self.norm_out = self._norm(channels)
         self.conv_out = _zeroed(_conv(channels, self.out_channels))
 
     @classmethod
@@ -287,8 +231,7 @@ class UNet(nn.Module):
     def _embed(self, t: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What every residual block is told of time and class, [N, 4 time_channels]."""
         times = t if self.timestep_scale == 1 else t.float() * self.timestep_scale
-        dim = self.time_channels or self.model_channels
-        sinusoids = timestep_embedding(times, dim, self.conventions)
+        sinusoids = timestep_embedding(times, self._sinusoids(), self.conventions)
         embedding = self.time_embedding(sinusoids.to(dtype))
         if self.num_classes is not None and self.class_embedding is not None:
             if class_labels is None:
@@ -300,9 +243,86 @@ class UNet(nn.Module):
             raise ValueError("UNet: class_labels given, but this network has no classes")
         return F.silu(embedding)
 
+    def _build_embeddings(self) -> None:
+        self._embedding_channels = 4 * self._sinusoids()
+        self.time_embedding = nn.Sequential(
+            _linear(self._sinusoids(), self._embedding_channels),
+            nn.SiLU(),
+            _linear(self._embedding_channels, self._embedding_channels),
+        )
+        self.class_embedding = (
+            None
+            if self.num_classes is None
+            else nn.Embedding(self.num_classes + self.null_label, self._embedding_channels)
+        )
+
+    def _build_encoder(self) -> tuple[nn.ModuleList, list[int]]:
+        """Its layers, and the channels of each skip connection."""
+        layers, skips = nn.ModuleList(), [self.model_channels]
+        for level, (width, attends) in enumerate(self._levels()):
+            if level > 0:
+                layers.append(self._downsample(skips[-1]))
+                skips.append(skips[-1])
+            for _ in range(self.num_res_blocks):
+                layers.append(self._block(_Block, skips[-1], width, attends=attends))
+                skips.append(width)
+        return layers, skips
+
+    def _build_decoder(self, skips: Sequence[int]) -> tuple[nn.ModuleList, int]:
+        """Its layers, and the channels that it ends with."""
+        layers, channels, left = nn.ModuleList(), skips[-1], list(skips)
+        for level, (width, attends) in reversed([*enumerate(self._levels())]):
+            for _ in range(self.num_res_blocks + 1):
+                layers.append(self._block(_Block, channels + left.pop(), width, attends=attends))
+                channels = width
+            if level > 0:
+                layers.append(self._upsample(channels))
+        return layers, channels
+
+    def _levels(self) -> list[tuple[int, bool]]:
+        """The width of each level, and whether it has attention."""
+        return [
+            (self.model_channels * multiple, size in self.attention_resolutions)
+            for multiple, size in zip(self.channel_mult, self._sizes(), strict=True)
+        ]
+
+    def _block(
+        self, kind: type[_Block], channels: int, width: int, *, attends: bool = False
+    ) -> _Block:
+        return kind(
+            channels,
+            width,
+            self._embedding_channels,
+            self.dropout,
+            num_heads=self._heads(width) if attends else 0,
+            scale_shift=self.scale_shift_norm,
+            norm=self._norm,
+        )
+
+    def _downsample(self, channels: int) -> nn.Module:
+        if self.resblock_updown:
+            return self._block(_DownBlock, channels, channels)
+        return _Downsample(channels, CONVENTIONS[self.conventions].symmetric_padding)
+
+    def _upsample(self, channels: int) -> nn.Module:
+        if self.resblock_updown:
+            return self._block(_UpBlock, channels, channels)
+        return _Upsample(channels)
+
+    def _norm(self, channels: int) -> nn.GroupNorm:
+        """By default 32 groups in the paper's widths, fewer in narrow layers, of 4 channels each.
+
+        Groups of one channel would erase every channel's mean.
+        """
+        groups = self.norm_groups or max(1, math.gcd(128, channels) // 4)
+        return nn.GroupNorm(groups, channels, eps=CONVENTIONS[self.conventions].norm_eps)
+
     def _sizes(self) -> list[int]:
         """The height and width of the pictures on each level."""
         return [self.image_size >> level for level in range(len(self.channel_mult))]
+
+    def _sinusoids(self) -> int:
+        return self.time_channels or self.model_channels
 
     def _heads(self, width: int) -> int:
         return width // self.num_head_channels if self.num_head_channels else self.num_heads
@@ -456,14 +476,6 @@ class _Upsample(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, size=list(size), mode="nearest"))
         return out
-
-
-def _norm(channels: int, *, groups: int | None, eps: float) -> nn.GroupNorm:
-    """By default 32 groups in the paper's widths, and fewer in narrow layers, of 4 channels each.
-
-    Groups of one channel would erase every channel's mean.
-    """
-    return nn.GroupNorm(groups or max(1, math.gcd(128, channels) // 4), channels, eps=eps)
 
 
 def _conv(
