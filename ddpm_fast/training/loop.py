@@ -118,10 +118,10 @@ def _loop(run: Run, out: Path, progress: bool, log: Log | None, sample_every: in
                 recent = run.recent()
                 rate = (run.step - seen) * config.batch_size / (time.perf_counter() - started)
                 bar.set_postfix(loss=f"{recent.loss:.4f}", images_per_s=f"{rate:.0f}")
-                if log is not None:
-                    log.scalars(run, recent, rate)
                 if saves or interruption.requested:
                     run.save(out)
+                if log is not None:
+                    log.scalars(run, recent, rate)
                 if log is not None and samples:
                     log.pictures(run.step, *draw_samples(run))
                 seen, started = run.step, time.perf_counter()
