@@ -13,7 +13,8 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize(
-    "name", ["plain_fused", "lucidrains", "native", pytest.param("plain", marks=pytest.mark.full)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name == "plain" else ()) for name in TRAINERS],
 )
 def test_training(race: Race, name: str) -> None:
     problem = training_problem(dropout=False)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .checks import dtype_name
 from .diffusion import GaussianDiffusion
 from .ops import ROW, STREAMS
 from .schedules import respace
@@ -74,7 +75,7 @@ class StepTable:
         if broken:
             raise ValueError(
                 f"the schedule gives a step at timestep {self.timesteps[broken[0]]} that is not "
-                f"finite in {str(dtype).removeprefix('torch.')}"
+                f"finite in {dtype_name(dtype)}"
             )
         return rounded.to(device)
 

@@ -11,7 +11,10 @@ from typing import Protocol
 
 import torch
 
+from ..checkpoint import Loaded, load
+from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
+from ..memory import out_of_memory_as
 from ..network import PRECISIONS
 from ..ops import serves_natively
 from ..processes import local_device
@@ -133,6 +136,16 @@ def device_named(name: str | None) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def loaded(checkpoint: str, device: torch.device) -> tuple[Loaded, GaussianDiffusion]:
+    """What ``--checkpoint`` names, on a device.
+
+    Raises:
+        ValueError: too little memory; and see :func:`ddpm_fast.load`.
+    """
+    with out_of_memory_as(f"{checkpoint}: {device} has too little memory for it"):
+        return load(checkpoint, device=device)
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

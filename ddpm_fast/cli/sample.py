@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import image_io
-from ..checkpoint import Loaded, load
+from ..checkpoint import Loaded
 from ..diffusion import GaussianDiffusion
 from ..image_io.animation import ANIMATIONS
 from ..memory import out_of_memory_as
@@ -39,6 +39,7 @@ from .options import (
     count,
     device_named,
     index,
+    loaded,
     output_kind,
     uses_native,
 )
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
 
     device = device_named(args.device)
     native = uses_native(device, args.backend)
-    model, diffusion = _loaded(args, device)
+    model, diffusion = loaded(args.checkpoint, device)
     _check_channels(model, args, kind)
     labels = _labels(model, args)
     started = time.perf_counter()
@@ -168,11 +169,6 @@ def run(args: argparse.Namespace) -> None:
         f"{args.sampler} with {steps} steps, {backend} backend on {device}: "
         f"{seconds:.1f} s, {rate:.1f} steps/s"
     )
-
-
-def _loaded(args: argparse.Namespace, device: torch.device) -> tuple[Loaded, GaussianDiffusion]:
-    with out_of_memory_as(f"{args.checkpoint}: {device} has too little memory for it"):
-        return load(args.checkpoint, device=device)
 
 
 def _check_channels(model: Loaded, args: argparse.Namespace, kind: str) -> None:
@@ -231,7 +227,7 @@ def _run_sharded(args: argparse.Namespace) -> None:
             folder = _shard_folder(args)
             device = device_named(args.device)
             native = uses_native(device, args.backend)
-            model, diffusion = _loaded(args, device)
+            model, diffusion = loaded(args.checkpoint, device)
             labels = _labels(model, args)
             size = _size(model, args)
         started = time.perf_counter()

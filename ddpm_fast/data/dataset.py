@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import dtype_name
 from .fingerprint import evenly_spaced, fingerprint
 
 
@@ -83,4 +84,4 @@ class TensorDataset:
 
 
 def _told(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

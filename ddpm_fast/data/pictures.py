@@ -24,8 +24,7 @@ class Pictures(ABC):
 
     Each is turned as its EXIF orientation says, laid on white where it is transparent, scaled so
     that its shorter side is ``image_size``, cropped at the centre to a square, and optionally
-    mirrored. A subclass says how many there are,
-    how to open each, and their labels.
+    mirrored. A subclass says how many there are, how to open each, and their labels.
 
     Args:
         image_size: height and width of the pictures given out.

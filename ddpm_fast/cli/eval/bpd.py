@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...atomic import atomic_write
-from ...checkpoint import Loaded, load
+from ...checkpoint import Loaded
 from ...likelihood import BitsPerDim, bits_per_dim
 from ...memory import out_of_memory_as
 from ..options import (
@@ -27,6 +27,7 @@ from ..options import (
     check_file_writable,
     count,
     device_named,
+    loaded,
 )
 from . import pictures
 
@@ -78,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_file_writable(args.json, "--json")
     device = device_named(args.device)
-    with out_of_memory_as(f"{args.checkpoint}: {device} has too little memory for it"):
-        model, diffusion = load(args.checkpoint, device=device)
+    model, diffusion = loaded(args.checkpoint, device)
     images, labels = _chosen(args, model)
     levels = args.levels or (DIGIT_LEVELS if args.data in pictures.DIGITS else 256)
     with out_of_memory_as(
