@@ -50,7 +50,7 @@ def separate_model(monkeypatch: pytest.MonkeyPatch) -> SeparateModel:
     """Stands in for every checkpoint, with a diffusion of ten steps."""
     model = SeparateModel()
     diffusion = GaussianDiffusion.from_schedule("linear", 10)
-    monkeypatch.setattr(cli.sample, "load", lambda name, device: (model, diffusion))
+    monkeypatch.setattr(cli.options, "load", lambda name, device: (model, diffusion))
     return model
 
 
@@ -513,7 +513,7 @@ def test_outputs_are_checked_before_anything_is_drawn(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
-    monkeypatch.setattr(cli.sample, "load", pytest.fail)
+    monkeypatch.setattr(cli.options, "load", pytest.fail)
     for command in (("sample", "--out"), ("train", "digits", "--out")):
         assert run(*command, "a.png") == 2
         sentence = "--out a.png: cannot write in .: Read-only file system"
@@ -589,7 +589,7 @@ def test_too_large_pictures_are_a_sentence(
 def test_too_large_a_checkpoint_is_a_sentence(
     options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.sample, "load", out_of_memory)
+    monkeypatch.setattr(cli.options, "load", out_of_memory)
     assert run("sample", "--device", "cpu", *options.split()) == 2
     sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"

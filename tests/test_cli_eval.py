@@ -58,7 +58,7 @@ class SeparateModel(nn.Module):
 def separate_model(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, GaussianDiffusion]:
     """Stands in for every checkpoint, with a diffusion of twelve steps."""
     loaded = SeparateModel(), GaussianDiffusion.from_schedule("squaredcos_cap_v2", 12)
-    monkeypatch.setattr(cli.eval.bpd, "load", lambda name, device: loaded)
+    monkeypatch.setattr(cli.options, "load", lambda name, device: loaded)
     return loaded
 
 
@@ -112,7 +112,7 @@ def test_too_large_a_batch_is_a_sentence(
     sentence = "--batch 3: cpu has too little memory for so many pictures at a time"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"
 
-    monkeypatch.setattr(cli.eval.bpd, "load", out_of_memory)
+    monkeypatch.setattr(cli.options, "load", out_of_memory)
     assert run("bpd --device cpu") == 2
     sentence = "digits: cpu has too little memory for it"
     assert capsys.readouterr().err == f"ddpm-fast: error: {sentence}\n"

@@ -540,7 +540,7 @@ def pixelwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pixelwise:
     """Stands in for every checkpoint."""
     model = Pixelwise()
     model.in_channels, model.image_size = 1, 4  # type: ignore[assignment]
-    monkeypatch.setattr(cli.sample, "load", lambda name, device: (model, DIFFUSION))
+    monkeypatch.setattr(cli.options, "load", lambda name, device: (model, DIFFUSION))
     monkeypatch.chdir(tmp_path)
     return model
 
