@@ -933,7 +933,7 @@ def test_killed_runs_of_any_number_of_processes_give_the_same_file(
 
     with torchrun(count, out) as launcher:
         said, told = launcher.communicate()
-    assert launcher.returncode == 0
+    assert launcher.returncode == 0, told
     assert said.startswith(f"{out}/samples.npz: 2000 samples of digits, seed 1\n{count} x cpu, ")
     assert lines_of(told) == [f"ddpm-fast: warning: {p}: {WAS_DAMAGED}" for p in (cut, altered)]
     assert (out / "samples.npz").read_bytes() == digits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 import time
@@ -264,7 +263,7 @@ def _shard_folder(args: argparse.Namespace) -> str:
         raise ValueError(f"--out {out}: shards are written into a folder; give one, such as run/")
     if args.strip is not None or args.frames is not None:
         raise ValueError("--strip and --frames are for a run in one piece, not for one of shards")
-    check_folder_writable(os.path.join(out, ""), "--out")
+    check_folder_writable(out, "--out")
     return out
 
 

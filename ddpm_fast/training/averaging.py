@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import TrainConfig
 
@@ -37,11 +38,11 @@ class AveragedWeights:
         self._weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.tensors = {name: tensor.clone() for name, tensor in self._weights.items()}
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights of the model after ``step``."""
-        weight = 1 - ema_decay(step, self._ceiling)
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), weight)
+        decay = ema_decay(step, self._ceiling)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.tensors.values()), list(self._weights.values()), step)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
