@@ -598,7 +598,7 @@ def test_under_torchrun_a_run_is_of_shards(
     ("options", "sentence"),
     [
         ("", "--out samples.png: shards are written into a folder; give one, such as run/"),
-        ("--out file", "--out file/: cannot write in file: Not a directory"),
+        ("--out file", "--out file: cannot write in file: Not a directory"),
         ("--out run --classes x", "--classes x: 'x' is neither a class, such as 3, nor a "),
         ("--out run --steps 11", "num_steps must lie in [1, 10]; got 11"),
     ],
