@@ -103,7 +103,11 @@ def _torchrun_group() -> Iterator[Processes]:
 
     PyTorch's choice of backends is left to it: gloo, and beside it nccl where there are GPUs.
     """
-    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+    # Imported here, as not every build of torch has them. The first must be before there is a
+    # group: one that is there already it keeps for ever, and threads of a group that live on can
+    # abort a process at its end.
+    import torch.distributed.nn.functional  # noqa: F401
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://"))

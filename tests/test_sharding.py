@@ -824,9 +824,24 @@ for number in range(2):
 """
 
 
+ENDS_WITH_THE_BLOCK = """
+import weakref
+import torch.distributed
+from ddpm_fast.processes import processes
+
+with processes():
+    group = weakref.ref(torch.distributed.group.WORLD)
+    import torch._dynamo  # and with it what keeps the group that is there
+assert group() is None
+"""
+
+
 @pytest.mark.slow
-def test_a_script_under_torchrun_may_form_groups_one_after_another(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(TWO_GROUPS)
+@pytest.mark.parametrize("script", [TWO_GROUPS, ENDS_WITH_THE_BLOCK], ids=["two", "one"])
+def test_groups_of_a_script_under_torchrun_end_with_their_blocks(
+    script: str, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(script)
     command = [*TORCHRUN, "2", str(tmp_path / "script.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
