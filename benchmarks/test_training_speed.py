@@ -25,7 +25,7 @@ def test_training(race: Race, name: str) -> None:
         device=torch.device("cpu"),
         group="training, digits",
         steps=STEPS,
-        patience=2 if name == "native" else 20,
+        patience=2 if name == "native" else 40,  # they differ by a few percent
         op="train",
         network="digits",
         batch=digits_recipe().config.batch_size,
