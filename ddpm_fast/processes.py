@@ -51,10 +51,8 @@ class Processes:
         """
         values = [value] * self.count
         if self.count > 1:
-            try:
+            with _connected():
                 dist.all_gather_object(values, value)
-            except RuntimeError as error:
-                raise ConnectionError("the connection to another process was lost") from error
         return values
 
     @contextmanager
@@ -87,9 +85,13 @@ def processes() -> Iterator[Processes]:
     An error that leaves the block ends all processes of torchrun's: the first that fails raises its
     own, the others, whatever befalls them, an :class:`OtherProcessError`. So one tells why; one of
     each machine, where those that are left have lost torchrun's store too.
+
+    Raises:
+        ConnectionError: one of them has ended, or can no longer be reached.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        with _connected():
+            yield Processes(dist.get_rank(), dist.get_world_size())
     elif dist.is_available() and launched() and os.environ["WORLD_SIZE"] != "1":
         with _torchrun_group() as group:
             yield group
@@ -115,7 +117,8 @@ def _torchrun_group() -> Iterator[Processes]:
     store = PrefixStore(f"group/{next(_groups)}", store)
     dist.init_process_group(store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     try:
-        yield Processes(rank, count)
+        with _connected():
+            yield Processes(rank, count)
     except OtherProcessError:
         raise
     except BaseException as error:
@@ -124,6 +127,18 @@ def _torchrun_group() -> Iterator[Processes]:
             raise
         raise OtherProcessError("another process has failed") from error
     dist.destroy_process_group()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """A block that ends in a ConnectionError where PyTorch, in whatever it does, loses a process."""
+    try:
+        yield
+    except RuntimeError as error:
+        # An error of gloo's has no class of its own, but tells where in its source it was raised.
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise ConnectionError("the connection to another process was lost") from error
+        raise
 
 
 def _is_first_failure(error: BaseException, store: Any) -> bool:

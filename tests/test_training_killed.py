@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_fast import checkpoint
 from ddpm_fast.training import train
-from small_training import Child, children, curves, exit_codes, quick_recipe
+from small_training import Child, children, curves, environments, exit_codes, quick_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,3 +160,26 @@ def test_torchrun_trains_resumes_and_ends_with_one_sentence(tmp_path: Path) -> N
     assert broken.returncode != 0 and broken.stderr.count(sentence) == 1
     assert broken.stderr.count("ddpm-fast: error: ") == 1
     assert checkpoint.read(tmp_path / "m.safetensors").step == 2
+
+
+@pytest.mark.slow
+def test_that_a_process_was_killed_is_told_in_a_sentence(tmp_path: Path) -> None:
+    command = "train digits --device cpu --out m.safetensors --batch-size 4 --checkpoint-every 1"
+    left, killed = (
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", *command.split()],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments(2)
+    )
+    while not (tmp_path / "m.safetensors").exists() and left.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    _, told = left.communicate(timeout=300)
+    killed.communicate()
+    assert left.returncode == 2, told
+    assert "Traceback" not in told
+    assert told.endswith("ddpm-fast: error: the connection to another process was lost\n")
