@@ -131,7 +131,7 @@ def _torchrun_group() -> Iterator[Processes]:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """A block that ends in a ConnectionError where PyTorch, in whatever it does, loses a process."""
+    """A block that ends in a ConnectionError where PyTorch, whatever it does, loses a process."""
     try:
         yield
     except RuntimeError as error:
