@@ -978,7 +978,7 @@ def test_an_error_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
     with torchrun(2, tmp_path / "file") as launcher:
         said, told = launcher.communicate()
     assert said == "" and launcher.returncode != 0
-    why = f"--out {tmp_path}/file/: cannot write in {tmp_path}/file: Not a directory"
+    why = f"--out {tmp_path}/file: cannot write in {tmp_path}/file: Not a directory"
     assert lines_of(told) == [f"ddpm-fast: error: {why}"]
     assert "exitcode  : 2 " in told
 
