@@ -13,6 +13,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+if dist.is_available():
+    # Before there is a group: one that is there already it would keep for ever, and the threads of
+    # a group that lives on can abort a process at its end.
+    import torch.distributed.nn.functional
+
 _T = TypeVar("_T")
 
 # A process waits for the others for as long as they work. That one of them died it learns at once,
@@ -105,11 +110,7 @@ def _torchrun_group() -> Iterator[Processes]:
 
     PyTorch's choice of backends is left to it: gloo, and beside it nccl where there are GPUs.
     """
-    # Imported here, as not every build of torch has them. The first must be before there is a
-    # group: one that is there already it keeps for ever, and threads of a group that live on can
-    # abort a process at its end.
-    import torch.distributed.nn.functional  # noqa: F401
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(rendezvous("env://"))
