@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,13 +122,25 @@ def _torchrun_group() -> Iterator[Processes]:
         with _connected():
             yield Processes(rank, count)
     except OtherProcessError:
+        _let_go()
         raise
     except BaseException as error:
         is_success = isinstance(error, SystemExit) and not error.code  # as of --help
-        if is_success or _is_first_failure(error, store):
+        tells = is_success or _is_first_failure(error, store)
+        _let_go()
+        if tells:
             raise
         raise OtherProcessError("another process has failed") from error
     dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Leave a thread of PyTorch's the time to throw away what was exchanged last.
+
+    It needs the interpreter for that, and where this has ended meanwhile it aborts the process. A
+    group that is destroyed waits for its threads, but after a failure might wait for ever.
+    """
+    time.sleep(0.1)
 
 
 @contextmanager
