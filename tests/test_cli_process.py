@@ -22,7 +22,7 @@ from ddpm_fast.models import LightweightUNet
 pytestmark = pytest.mark.slow  # each starts a Python that imports torch
 
 COMMAND = [sys.executable, "-m", "ddpm_fast"]
-SAMPLE = "sample --checkpoint model.safetensors --image-size 64 --num 1 --device cpu"
+SAMPLE = "sample --checkpoint model.safetensors --image-size 128 --num 1 --device cpu"
 TRAIN = "train pictures --image-size 8 --model-channels 8 --batch-size 2 --out trained.safetensors"
 UNDER_WAY = re.compile(r" [1-9]\d*/\d+ \[")  # a bar, after its first step
 
