@@ -6,6 +6,8 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -140,6 +142,22 @@ def environments(count: int) -> list[dict[str, str]]:
         port = probe.getsockname()[1]
     world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     return [world | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(count)]
+
+
+def commands(
+    line: str, environments: Iterable[dict[str, str]], folder: Path
+) -> list[subprocess.Popen[str]]:
+    """``ddpm-fast`` in a process for each environment; what it says on stderr can be read."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast", *line.split()],
+            env=os.environ | environment,
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
 
 
 def children(count: int, out: Path, **options: Any) -> list[Child]:

@@ -756,16 +756,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     ],
 )
 def test_one_process_alone_tells_a_mistake(command: str, sentence: str, tmp_path: Path) -> None:
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ddpm_fast", *command.split()],
-            env=os.environ | environment,
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in small_training.environments(2)
-    ]
+    both = small_training.commands(command, small_training.environments(2), tmp_path)
     told = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2]
     (line,) = lines_of("".join(told))
@@ -799,16 +790,7 @@ with processes() as group:
 def test_that_a_process_was_killed_is_told_by_one_that_is_left(tmp_path: Path) -> None:
     environments = small_training.environments(3)
     dying = subprocess.Popen([sys.executable, "-c", DIES], env=os.environ | environments.pop())
-    left = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ddpm_fast", *DIGITS.split(), "--device=cpu", "--out=run/"],
-            env=os.environ | environment,
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
+    left = small_training.commands(f"{DIGITS} --device=cpu --out=run/", environments, tmp_path)
     told = [process.communicate(timeout=300)[1] for process in left]
     assert [process.wait() for process in (*left, dying)] == [2, 2, 9]
     lost = "ddpm-fast: error: the connection to another process was lost"

@@ -15,7 +15,15 @@ from PIL import Image
 
 from ddpm_fast import checkpoint
 from ddpm_fast.training import train
-from small_training import Child, children, curves, environments, exit_codes, quick_recipe
+from small_training import (
+    Child,
+    children,
+    commands,
+    curves,
+    environments,
+    exit_codes,
+    quick_recipe,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +111,7 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 train(*quick_recipe(deterministic=True), out=f"{folder}/two.safetensors", progress=False)
+assert dist.is_initialized()
 group = weakref.ref(dist.group.WORLD)
 dist.destroy_process_group()
 assert group() is None  # nor are there its threads, which could abort the process at its end
@@ -166,16 +175,7 @@ def test_torchrun_trains_resumes_and_ends_with_one_sentence(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_that_a_process_was_killed_is_told_in_a_sentence(tmp_path: Path) -> None:
     command = "train digits --device cpu --out m.safetensors --batch-size 4 --checkpoint-every 1"
-    left, killed = (
-        subprocess.Popen(
-            [sys.executable, "-m", "ddpm_fast", *command.split()],
-            env=os.environ | environment,
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments(2)
-    )
+    left, killed = commands(command, environments(2), tmp_path)
     while not (tmp_path / "m.safetensors").exists() and left.poll() is None:
         time.sleep(0.01)
     killed.kill()
