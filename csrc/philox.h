@@ -62,14 +62,23 @@ struct NoiseKey {
   }
 };
 
-// sqrt(-2 ln u) for u = (floor(word / 2) + 1/2) 2^-31, rounded to float: the largest is 6.66.
-DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
+// u = 2^exponent (1 + f), with sqrt(1/2) <= 1 + f < sqrt(2).
+struct Uniform {
+  float exponent, f;
+};
+
+// u = (floor(word / 2) + 1/2) 2^-31, rounded to float.
+DDPM_HOST_DEVICE Uniform box_muller_uniform(uint32_t word) {
   const float u = fma(static_cast<float>(static_cast<int32_t>(word >> 1)), 0x1p-31f, 0x1p-32f);
-  // u = 2^exponent (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2)
   const int32_t bits_sqrt_half = 0x3f3504f3;
   const int32_t shifted = float_bits(u) - bits_sqrt_half;
-  const float exponent = static_cast<float>(shifted >> 23);
-  const float f = float_from_bits((shifted & 0x7fffff) + bits_sqrt_half) - 1.0f;
+  return {static_cast<float>(shifted >> 23),
+          float_from_bits((shifted & 0x7fffff) + bits_sqrt_half) - 1.0f};
+}
+
+// -2 ln u
+DDPM_HOST_DEVICE float box_muller_radius_squared(Uniform u) {
+  const float f = u.f;
   // -2 ln(1 + f) = -2 f + f^2 + f^3 p(f), p by minimax
   float p = 0x1.38c9dep-3f;
   p = fma(p, f, -0x1.055ec6p-2f);
@@ -82,10 +91,15 @@ DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
   const float tail = f * fma(f * f, p, f);
   // -2 ln 2 in two parts, the first short enough for its product with the exponent to be exact;
   // the sum's rounding error is carried into the tail (fast two-sum).
-  const float high = exponent * -0x1.62e4p+0f;
+  const float high = u.exponent * -0x1.62e4p+0f;
   const float sum = fma(-2.0f, f, high);
   const float error = fma(-2.0f, f, high - sum);
-  return square_root(sum + (fma(exponent, -0x1.7f7d1cp-19f, error) + tail));
+  return sum + (fma(u.exponent, -0x1.7f7d1cp-19f, error) + tail);
+}
+
+// sqrt(-2 ln u): the largest is 6.66.
+DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
+  return square_root(box_muller_radius_squared(box_muller_uniform(word)));
 }
 
 // cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.

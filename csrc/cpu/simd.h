@@ -7,10 +7,6 @@
 
 #include <string>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DDPM_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #if defined(__clang__)
@@ -55,37 +51,6 @@
 #endif
 
 namespace ddpm_fast::cpu {
-
-#if defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define DDPM_LANES
-
-template <int kBytes>
-using Lanes __attribute__((vector_size(kBytes))) = uint64_t;
-
-template <class Lane>
-DDPM_INLINE Lane broadcast(uint64_t number) {
-  Lane lanes = Lane{} + number;
-#if defined(__x86_64__)
-  asm("" : "+v"(lanes));  // GCC 12 would fill the lanes anew, one by one, wherever they are used
-#endif
-  return lanes;
-}
-
-// The products of the lanes' lower halves.
-template <class Lane>
-DDPM_INLINE void multiply_low_halves(Lane& product, const Lane& a, const Lane& b) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(Lane) == sizeof(__m128i)) {
-    product = (Lane)_mm_mul_epu32((__m128i)a, (__m128i)b);
-  } else {
-    // An intrinsic cannot be inlined here, where the wider instruction set is yet to be chosen.
-    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "vm"(b));
-  }
-#else
-  product = (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-#endif
 
 // Body::run(args...) must be DDPM_INLINE all the way down, to be compiled for each target.
 template <class Body, class... Args>
