@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 from ddpm_fast import _extension
 from ddpm_fast._extension import explain_mismatch
@@ -159,6 +160,16 @@ def test_every_source_is_compiled(setup_py: ModuleType) -> None:
     assert {Path(name).suffix for name in in_cuda} == {".cpp", ".cu"}
     assert setup_py.source_files(with_cuda=True) == present
     assert setup_py.source_files(with_cuda=False) == sorted(set(present) - set(in_cuda))
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_every_compiler_takes_the_vectors(compiler: str, tmp_path: Path) -> None:
+    """Clang once refused the assembly in them."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags = ["-std=c++20", "-O1", "-w", "-c", *(f"-I{path}" for path in include_paths())]
+    source = ROOT / "csrc" / "cpu" / "normals.cpp"
+    subprocess.run([compiler, *flags, str(source), "-o", str(tmp_path / "normals.o")], check=True)
 
 
 @pytest.fixture
