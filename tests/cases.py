@@ -16,6 +16,13 @@ from ddpm_fast.solvers import StepTable
 LAYOUTS = ("contiguous", "channels_last", "slice_of_batch", "slice_of_channels")
 INPUT_LAYOUTS = (*LAYOUTS, "expanded")
 
+# Shapes and layouts that the CUDA kernels reach each in another way, and how.
+ACCESSES = {
+    "vectors": ((2, 4, 8, 8), "contiguous"),
+    "pixels of a channel": ((3, 5, 6, 6), "channels_last"),
+    "elements": ((3, 3, 5, 7), "contiguous"),
+}
+
 
 def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

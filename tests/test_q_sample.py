@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import INPUT_LAYOUTS, LAYOUTS, laid_out, randn
+from cases import ACCESSES, INPUT_LAYOUTS, LAYOUTS, laid_out, randn
 from conftest import needs_native
 from ddpm_fast import GaussianDiffusion, ops
 from ddpm_fast.ops import compute_dtype
@@ -44,6 +44,18 @@ def q_sample_case(
     }
 
 
+def assert_native_matches(args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+    x_t, noise = ops.q_sample(*args, **kwargs, backend="native")
+    expected_x_t, expected_noise = ops.q_sample(*args, **kwargs, backend="reference")
+    assert x_t.stride() == expected_x_t.stride()
+    if "noise" in kwargs:
+        assert torch.equal(x_t, expected_x_t) and noise is kwargs["noise"]
+        return
+    eps = max(torch.finfo(x_t.dtype).eps, 1e-6)
+    torch.testing.assert_close(noise, expected_noise, rtol=eps, atol=0)
+    torch.testing.assert_close(x_t, expected_x_t, rtol=eps, atol=16 * eps)
+
+
 @needs_native
 @given(
     shapes,
@@ -64,15 +76,18 @@ def test_native_matches_reference(
     args, kwargs = q_sample_case(
         shape, seed=seed, dtype=dtype, layout=layout, drawn=drawn, per_sample=per_sample
     )
-    x_t, noise = ops.q_sample(*args, **kwargs, backend="native")
-    expected_x_t, expected_noise = ops.q_sample(*args, **kwargs, backend="reference")
-    assert x_t.stride() == expected_x_t.stride()
-    if not drawn:
-        assert torch.equal(x_t, expected_x_t) and noise is kwargs["noise"]
-        return
-    eps = max(torch.finfo(dtype).eps, 1e-6)
-    torch.testing.assert_close(noise, expected_noise, rtol=eps, atol=0)
-    torch.testing.assert_close(x_t, expected_x_t, rtol=eps, atol=16 * eps)
+    assert_native_matches(args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("access", ACCESSES)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_every_kernel_matches_reference(
+    dtype: torch.dtype, access: str, drawn: bool, device: torch.device, native: str
+) -> None:
+    shape, layout = ACCESSES[access]
+    case = q_sample_case(shape, dtype=dtype, layout=layout, drawn=drawn, device=device)
+    assert_native_matches(*case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

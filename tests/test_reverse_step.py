@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import (
+    ACCESSES,
     INPUT_LAYOUTS,
     LAYOUTS,
     ReverseStepCase,
@@ -61,6 +62,11 @@ def assert_native_matches(case: ReverseStepCase) -> None:
     for halves, x in ((ours, x_prev), (spec, expected)):
         for half in halves["next_input"].split(max(1, len(x))):
             assert torch.equal(half, x.to(half.dtype))
+    assert_same_step(case, x_prev, expected)
+
+
+def assert_same_step(case: ReverseStepCase, x_prev: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but for noise that was drawn and learned variances."""
     assert x_prev.stride() == expected.stride()
     learned = case.args[1].shape[1] != case.x_t.shape[1]
     if not learned and case.kwargs.get("seed") is None:
@@ -87,6 +93,48 @@ def test_native_matches_reference_on_cuda(data: st.DataObject) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     assert_native_matches(data.draw(cases("cuda")))
+
+
+@pytest.mark.parametrize(("dtype", "output_dtype"), DTYPE_PAIRS)
+@pytest.mark.parametrize("access", ACCESSES)
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_every_kernel_matches_reference(
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    access: str,
+    noise: str,
+    device: torch.device,
+    native: str,
+) -> None:
+    shape, layout = ACCESSES[access]
+    case = reverse_step_case(
+        shape, dtype=dtype, output_dtype=output_dtype, layout=layout, noise=noise, device=device
+    )
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend=native)
+    expected = ops.reverse_step(*case.args, **case.kwargs, backend="reference")
+    assert_same_step(case, x_prev, expected)
+
+
+@pytest.mark.parametrize(("dtype", "output_dtype"), DTYPE_PAIRS)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [*ACCESSES.values(), ((4, 4, 256, 256), "contiguous")]
+)
+def test_what_else_is_written_does_not_matter(
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layout: str,
+    device: torch.device,
+    native: str,
+) -> None:
+    """With noise drawn and nothing more to write, CUDA has kernels of their own for the step."""
+    options: dict[str, Any] = {"dtype": dtype, "output_dtype": output_dtype, "layout": layout}
+    case = reverse_step_case(shape, noise="drawn", device=device, **options)
+    plain = ops.reverse_step(*case.args, **case.kwargs, backend=native)
+    written = written_tensors(case)
+    assert torch.equal(
+        plain, ops.reverse_step(*case.args, **case.kwargs, **written, backend=native)
+    )
 
 
 @needs_native

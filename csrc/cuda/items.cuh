@@ -239,13 +239,17 @@ void run_items(const Kernel& kernel, cudaStream_t stream) {
   }
 }
 
+// 16 bytes of a state's elements, or 32 of float64's, as normals come by fours.
+template <class State>
+constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
+
 // A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
 // The same, with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
-  constexpr int kLength = sizeof(State) < 4 ? 8 : 4;
+  constexpr int kLength = kVectorLength<State>;
   constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
   const Shape& shape = kernel.shape;
   if ((vectorises<kLength>(views, shape) && ...)) {

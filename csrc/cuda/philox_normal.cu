@@ -6,8 +6,6 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct PhiloxNormalBody {
-  static constexpr int kVectors = 1;
-
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
     float noise[Item::kVec];
@@ -23,9 +21,15 @@ __global__ void __launch_bounds__(kThreads) philox_kernel(const PhiloxKernel ker
 
 }  // namespace
 
+// The op makes its output, so that it is contiguous.
 template <class State>
 void launch(const PhiloxNormalKernel<State>& kernel, cudaStream_t stream) {
-  for_each_item<PhiloxNormalBody, State>(kernel, stream, kernel.out);
+  constexpr int kLength = kVectorLength<State>;
+  if (vectorises<kLength>(kernel.out, kernel.shape)) {
+    run_items<PhiloxNormalBody, VectorItem<kLength, 1>>(kernel, stream);
+  } else {
+    run_items<PhiloxNormalBody, ElementItem>(kernel, stream);
+  }
 }
 
 void launch(const PhiloxKernel& kernel, cudaStream_t stream) {

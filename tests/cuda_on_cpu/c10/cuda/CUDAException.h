@@ -1,0 +1,3 @@
+#pragma once
+
+#define C10_CUDA_KERNEL_LAUNCH_CHECK()
