@@ -208,12 +208,16 @@ inline std::pair<const char*, const char*> span(const Tensor& t) {
   return {first, first + (last + 1) * t.element_size()};
 }
 
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto s = span(a), t = span(b);
+  return t.first < s.second && s.first < t.second;
+}
+
 inline void check_no_overlap(const Argument& written, const Argument& other,
                              bool same_view_allowed) {
-  if (written.tensor.numel() == 0 || other.tensor.numel() == 0) return;
   if (same_view_allowed && same_view(written.tensor, other.tensor)) return;
-  const auto a = span(written.tensor), b = span(other.tensor);
-  TORCH_CHECK_VALUE(a.second <= b.first || b.second <= a.first, written,
+  TORCH_CHECK_VALUE(!overlap(written.tensor, other.tensor), written,
                     " must not overlap the memory of ", other.name);
 }
 

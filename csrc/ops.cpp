@@ -2,6 +2,7 @@
 // specified by ddpm_fast/reference.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -11,6 +12,7 @@
 #include <string>
 
 #include "philox.h"
+#include "rerun.h"
 
 #if defined(WITH_CUDA)
 #include <cuda.h>
@@ -96,19 +98,36 @@ void reverse_step_in_place(Tensor& x_t, const Tensor& model_output, const Tensor
           next_t);
 }
 
-// The same with all but the model_output settled beforehand.
-py::cpp_function bound_reverse_step(Tensor x_t, Tensor rows, Tensor step, OptionalTensor noise,
-                                    OptionalTensor seed, OptionalTensor sample_index,
-                                    OptionalTensor x0_prev, OptionalTensor guidance_scale,
-                                    OptionalTensor guidance_factor, OptionalTensor threshold,
-                                    OptionalTensor known, OptionalTensor mask,
-                                    std::optional<double> clip, OptionalTensor pred_xstart,
-                                    OptionalTensor next_input, OptionalTensor next_step,
-                                    OptionalTensor next_t) {
-  return [=](const Tensor& model_output) mutable {
+// The same with all but the model_output settled beforehand, and `ready` to make of what a network
+// returned a tensor that the op can take.
+py::cpp_function bound_reverse_step(py::object ready, Tensor x_t, Tensor rows, Tensor step,
+                                    OptionalTensor noise, OptionalTensor seed,
+                                    OptionalTensor sample_index, OptionalTensor x0_prev,
+                                    OptionalTensor guidance_scale, OptionalTensor guidance_factor,
+                                    OptionalTensor threshold, OptionalTensor known,
+                                    OptionalTensor mask, std::optional<double> clip,
+                                    OptionalTensor pred_xstart, OptionalTensor next_input,
+                                    OptionalTensor next_step, OptionalTensor next_t) {
+  return [=, rerun = ddpm_fast::Rerun()](const py::object& returned) mutable {
+    const auto step_on = [&](const Tensor& model_output) {
+      return ddpm_fast::ReverseStep{
+          x_t,         model_output, rows,      step,           noise,
+          seed,        sample_index, x0_prev,   guidance_scale, guidance_factor,
+          threshold,   known,        mask,      clip,           x_t,
+          pred_xstart, next_input,   next_step, next_t};
+    };
+    if (THPVariable_Check(returned.ptr())) {
+      const auto a = step_on(THPVariable_Unpack(returned.ptr()));
+      if (rerun.serves(a)) {
+        const py::gil_scoped_release no_gil;
+        return rerun(a);
+      }
+    }
+    const auto model_output = ready(returned).cast<Tensor>();
     reverse_step_in_place(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev,
                           guidance_scale, guidance_factor, threshold, known, mask, clip,
                           pred_xstart, next_input, next_step, next_t);
+    rerun.remember(step_on(model_output));
   };
 }
 

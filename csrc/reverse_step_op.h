@@ -15,6 +15,7 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <functional>
 #include <limits>
 #include <string_view>
 
@@ -133,6 +134,13 @@ inline void check_next(const ReverseStep& a) {
   }
 }
 
+inline void mark_written(const ReverseStep& a) {
+  mark_written(a.out);
+  for (const OptionalTensor* written : {&a.pred_xstart, &a.next_input, &a.next_step, &a.next_t}) {
+    if (*written) mark_written(**written);
+  }
+}
+
 template <class T>
 GuidanceScale<T> guidance_of(const OptionalTensor& scale) {
   if (!scale) return {};
@@ -190,22 +198,43 @@ ReverseStepKernel<State, Output> kernel_of(const ReverseStep& a) {
   };
 }
 
+// Calls f with the kernel for the dtypes of a step.
+template <class F>
+void with_kernel_of(const ReverseStep& a, const F& f) {
+  if (a.x_t.scalar_type() == at::kDouble) return f(kernel_of<double, double>(a));
+  dispatch_narrow(a.x_t.scalar_type(), [&](auto state) {
+    dispatch_narrow(a.model_output.scalar_type(), [&](auto output) {
+      using State = typename decltype(state)::type;
+      using Output = typename decltype(output)::type;
+      f(kernel_of<State, Output>(a));
+    });
+  });
+}
+
+// Runs a step's kernel on an output that lies elsewhere.
+using RunOn = std::function<void(const void* model_output)>;
+
 // The forms of the op around a backend's run(const ReverseStepKernel<State, Output>&).
 template <class Backend>
 struct ReverseStepForms {
   static void launch(const ReverseStep& a) {
     if (a.x_t.numel() == 0) return;
     const c10::DeviceGuard guard(a.x_t.device());
-    if (a.x_t.scalar_type() == at::kDouble) {
-      return Backend::run(kernel_of<double, double>(a));
-    }
-    dispatch_narrow(a.x_t.scalar_type(), [&](auto state) {
-      dispatch_narrow(a.model_output.scalar_type(), [&](auto output) {
-        using State = typename decltype(state)::type;
-        using Output = typename decltype(output)::type;
-        Backend::run(kernel_of<State, Output>(a));
-      });
+    with_kernel_of(a, [](const auto& kernel) { Backend::run(kernel); });
+  }
+
+  // The same again on other outputs of that type and layout, see csrc/rerun.h.
+  static RunOn prepare(const ReverseStep& a) {
+    RunOn run_on;
+    with_kernel_of(a, [&](auto kernel) {
+      run_on = [kernel, device = a.x_t.device()](const void* model_output) mutable {
+        using Output = typename decltype(kernel)::Output;
+        const c10::DeviceGuard guard(device);
+        kernel.model_output.data = static_cast<const Output*>(model_output);
+        Backend::run(kernel);
+      };
     });
+    return run_on;
   }
 
   static Tensor functional(const Tensor& x_t, const Tensor& model_output, const Tensor& rows,
@@ -270,10 +299,7 @@ struct ReverseStepForms {
     check_outputs(a);
     check_next(a);
     launch(a);
-    mark_written(a.out);
-    for (const OptionalTensor* written : {&pred_xstart, &next_input, &next_step, &next_t}) {
-      if (*written) mark_written(**written);
-    }
+    mark_written(a);
   }
 };
 

@@ -22,6 +22,7 @@ class Network:
     Attributes:
         device: where it computes; ``device``, or else that of its weights.
         dtype: of its weights, and so of what it is to be fed; float32 where it has none.
+        call: the model itself, or compiled.
 
     Raises:
         ValueError: an unknown precision.
@@ -42,17 +43,11 @@ class Network:
         self.device = torch.device(device or (weight.device if weight is not None else "cpu"))
         self.dtype = weight.dtype if weight is not None else torch.float32
         self._precision = precision
-        self._call = torch.compile(model) if compile else model
+        self.call = torch.compile(model) if compile else model
 
     def __call__(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The output, in memory of its own and laid out so that the kernel can walk it."""
-        output = self._call(x, t, **kwargs)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"the model must return a tensor; got {type(output).__name__}")
-        first = x.data_ptr()
-        if first <= output.data_ptr() < first + x.nbytes:
-            output = output.clone()  # its input is about to be overwritten
-        return walkable(output)
+        """The output, :func:`ready` for the kernel."""
+        return ready(self.call(x, t, **kwargs), x)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a precision asks for."""
@@ -78,6 +73,20 @@ class Network:
         if not isinstance(self.model, nn.Module):
             return []
         return [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+
+
+def ready(output: object, x: Tensor) -> Tensor:
+    """A model's output for ``x``, in memory of its own and so that the kernel can walk it.
+
+    Raises:
+        TypeError: not a tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return a tensor; got {type(output).__name__}")
+    first = x.data_ptr()
+    if first <= output.data_ptr() < first + x.nbytes:
+        output = output.clone()  # its input is about to be overwritten
+    return walkable(output)
 
 
 def check_has_variance(output: Tensor, channels: int) -> None:

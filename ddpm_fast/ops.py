@@ -228,21 +228,37 @@ def reverse_step(
 
 
 def bound_reverse_step(
-    x_t: Tensor, rows: Tensor, step: Tensor, *, backend: str = "auto", **options: Any
-) -> Callable[[Tensor], object]:
-    """:func:`reverse_step` in place, all but the ``model_output`` that it is called with settled.
+    x_t: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    *,
+    ready: Callable[[Any], Tensor],
+    backend: str = "auto",
+    **options: Any,
+) -> Callable[[Any], object]:
+    """:func:`reverse_step` in place, all but the network's output that it is called with settled.
 
-    Between two calls of a small network, what Python does here counts. ``options`` are those of
-    :func:`reverse_step`, ``clip`` included; errors come at the call.
+    Between two calls of a small network, what is done here counts. In inference mode, and where
+    neither a mode of torch's dispatcher nor a profiler is active, an output like the last one in
+    dtype, device, shape and strides goes straight to the kernel.
+
+    Args:
+        x_t, rows, step, backend, options: as of :func:`reverse_step`, ``clip`` included. The
+            tensors' memory must stay where it is.
+        ready: makes a ``model_output`` of what the network returned, for all other outputs and
+            those that share memory with what is written.
+
+    Returns:
+        The step, to be called with what the network returned. Errors come at the call.
     """
     if not serves_natively(x_t.device, backend):
-        return lambda model_output: reference.reverse_step(
-            x_t, model_output, rows, step, **options, out=x_t
+        return lambda returned: reference.reverse_step(
+            x_t, ready(returned), rows, step, **options, out=x_t
         )
     given = [options.pop(name, None) for name in (*_OPTIONS, *_NEXT)]
     assert not options, options
-    bound: Callable[[Tensor], object] = _extension.module.bound_reverse_step(
-        x_t, rows, step, *given
+    bound: Callable[[Any], object] = _extension.module.bound_reverse_step(
+        ready, x_t, rows, step, *given
     )
     return bound
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -27,12 +29,14 @@ from .guidance import (
     shifted,
 )
 from .intermediates import Intermediates, Moments, Recorder, checked_moments
-from .network import Model, Network, check_has_variance
+from .network import Model, Network, check_has_variance, ready
 from .options import Callback, CallOptions, SampleOptions
 from .solvers import Spacing, StepTable, step_table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Count = Callable[[int], object]  # is told how many steps more are done
 
 # The counter of the noise holds 48 bits of sample index.
 _MAX_SAMPLES = 1 << 48
@@ -261,8 +265,10 @@ class Sampler:
             self.known, self.mask = self._checked_known(known, mask)
         self.draws_noise = self.table.draws_noise or known is not None
         self._options = [self._step_options(turn) for turn in range(_TURNS)]
+        variance_of = self.shape[1] if self.table.reads_variance else None
+        self._ready = partial(_ready, x=self.model_input, variance_of=variance_of)
         self._advance = [
-            ops.bound_reverse_step(self.x, self.rows, index, **options)
+            ops.bound_reverse_step(self.x, self.rows, index, ready=self._ready, **options)
             for index, options in zip(self.step_index, self._options, strict=True)
         ]
 
@@ -297,12 +303,12 @@ class Sampler:
         """One batch; arguments, result and errors are those of :func:`sample`."""
         moments = checked_moments(return_intermediates, len(self.table))
         self._start(seed, first_index, generator, x_T, class_labels, model_kwargs)
-        recorder = Recorder(moments, self.table.timesteps, self.x)
-        with evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
+        with evaluating(self.model), _progress_bar(len(self.table), progress) as count:
             if callback is None and not moments:
-                self._run(generator, bar)
-            else:
-                self._run_watched(generator, bar, callback, recorder)
+                self._run(generator, count)
+                return self.x.clone()
+            recorder = Recorder(moments, self.table.timesteps, self.x)
+            self._run_watched(generator, count, callback, recorder)
         images = self.x.clone()
         return (images, recorder.intermediates()) if moments else images
 
@@ -321,8 +327,8 @@ class Sampler:
         self._start(seed, first_index, generator, x_T, class_labels, model_kwargs)
 
         def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
-            with evaluating(self.model), tqdm(total=len(self.table), disable=not progress) as bar:
-                for step, pred_xstart in self._steps(generator, bar):
+            with evaluating(self.model), _progress_bar(len(self.table), progress) as count:
+                for step, pred_xstart in self._steps(generator, count):
                     yield step, self.x.clone(), pred_xstart.clone()
 
         return steps()
@@ -359,6 +365,7 @@ class Sampler:
         self.threshold = None if table.thresholding is None else self.rows.new_ones(batch)
         self.history = torch.empty_like(self.x) if table.has_history else None
         self.cond_fn = cond_fn
+        self.looks_between = bool(cond_fn or rescale or table.thresholding)
         if cond_fn is not None:
             self.score_coefs = score_coefs(self.diffusion, table).to(self.rows)
 
@@ -464,23 +471,34 @@ class Sampler:
         noise = torch.randn(self.shape, generator=generator, device=where, dtype=self.x.dtype)
         return noise.to(self.device)
 
-    def _run(self, generator: torch.Generator | None, bar: tqdm[NoReturn]) -> None:
+    def _run(self, generator: torch.Generator | None, count: Count) -> None:
         """All steps, with nothing between them."""
         with torch.inference_mode(), self.network.autocast():
-            done = self._replay(bar) if generator is None and self._captures() else 0
-            for step in range(done, len(self.table)):
+            done = self._replay(count) if generator is None and self._captures() else 0
+            steps = range(done, len(self.table))
+            if generator is None and not self.looks_between:
+                self._run_straight(steps, count)
+                return
+            for step in steps:
                 self._step(step, generator)
-                bar.update()
+                count(1)
+
+    def _run_straight(self, steps: range, count: Count) -> None:
+        """Steps of which nobody looks at the output: Python in between takes its time, too."""
+        network, x, t, kwargs = self.network.call, self.model_input, self.t, self.kwargs
+        for step in steps:
+            self._advance[step % _TURNS](network(x, t, **kwargs))
+            count(1)
 
     def _run_watched(
         self,
         generator: torch.Generator | None,
-        bar: tqdm[NoReturn],
+        count: Count,
         callback: Callback | None,
         recorder: Recorder,
     ) -> None:
         """The steps one by one, each shown, until the callback has seen enough."""
-        for step, pred_xstart in self._steps(generator, bar):
+        for step, pred_xstart in self._steps(generator, count):
             recorder.step_taken(step, self.x, pred_xstart)
             if callback is None:
                 continue
@@ -488,7 +506,7 @@ class Sampler:
                 return
 
     def _steps(
-        self, generator: torch.Generator | None, bar: tqdm[NoReturn]
+        self, generator: torch.Generator | None, count: Count
     ) -> Iterator[tuple[int, Tensor]]:
         """The steps one by one: the number of each, and its prediction of x_start."""
         pred_xstart = torch.empty_like(self.x) if self.history is None else self.history
@@ -496,14 +514,14 @@ class Sampler:
             # Entered anew at every step: whoever is called between them must not find them set.
             with torch.inference_mode(), self.network.autocast():
                 self._step(step, generator, pred_xstart)
-            bar.update()
+            count(1)
             yield step, pred_xstart
 
     def _captures(self) -> bool:
         # A gradient's callback may do anything.
         return self.device.type == "cuda" and self.cond_fn is None and not self._uncapturable
 
-    def _replay(self, bar: tqdm[NoReturn]) -> int:
+    def _replay(self, count: Count) -> int:
         """As many steps as the graph can do, captured first if need be; returns their number."""
         done, total = 0, len(self.table)
         if self._graph is None and total < _WARM_UP + _TURNS:
@@ -512,12 +530,12 @@ class Sampler:
             if self._graph is None:
                 with graphs.beside_the_current_stream(self.device):
                     done = self._turns(_WARM_UP)
-                bar.update(done)
+                count(done)
                 self._capture()
             while self._graph is not None and done + _TURNS <= total:
                 self._graph.replay()
                 done += _TURNS
-                bar.update(_TURNS)
+                count(_TURNS)
         return done
 
     def _turns(self, count: int) -> int:
@@ -591,15 +609,31 @@ class Sampler:
         return {"noise": noise, "seed": None, "sample_index": None}
 
     def _predict(self, turn: int) -> Tensor:
-        output = self.network(self.model_input, self.t, self.kwargs)
-        if self.table.reads_variance:
-            check_has_variance(output, self.shape[1])
+        output = self._ready(self.network.call(self.model_input, self.t, **self.kwargs))
         if self.cond_fn is not None:
             gradient = gradient_at(self.cond_fn, self.x, self.t, self.kwargs)
             # An index would be read on the host, and make it wait.
             coef = self.score_coefs.index_select(0, self.step_index[turn].reshape(1))
             output = shifted(output, gradient, coef, self.shape[1])
         return output
+
+
+def _ready(output: object, x: Tensor, variance_of: int | None) -> Tensor:
+    """The network's output for ``x``, with a variance of so many channels where one is read."""
+    tensor = ready(output, x)
+    if variance_of is not None:
+        check_has_variance(tensor, variance_of)
+    return tensor
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Count]:
+    """Counts steps; a bar that is not shown need not be made, which takes as long as a step."""
+    if not shown:
+        yield lambda steps: None
+        return
+    with tqdm(total=total) as bar:
+        yield bar.update
 
 
 def checked_shape(shape: Sequence[SupportsIndex]) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
 // reverse_step on the CPU: each block is staged, stepped and stored while it lies in the cache.
+#include "../rerun.h"
 #include "../reverse_step_op.h"
 #include "blocks.h"
 
@@ -107,6 +108,8 @@ struct Backend {
 };
 
 using Forms = ReverseStepForms<Backend>;
+
+const RerunRegistration rerun(c10::kCPU, &Forms::prepare);
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 
 #include "../philox_normal_op.h"
 #include "../q_sample_op.h"
+#include "../rerun.h"
 #include "../reverse_step_op.h"
 #include "launch.h"
 
@@ -27,6 +28,8 @@ struct Backend {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
+
+const RerunRegistration rerun(c10::kCUDA, &ReverseStepForms<Backend>::prepare);
 
 }  // namespace
 

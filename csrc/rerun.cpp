@@ -1,0 +1,60 @@
+#include "rerun.h"
+
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <array>
+
+namespace ddpm_fast {
+namespace {
+
+Prepare& prepare_for(c10::DeviceType device) {
+  static std::array<Prepare, c10::COMPILE_TIME_MAX_DEVICE_TYPES> table{};
+  return table[static_cast<size_t>(device)];
+}
+
+// The op has no rule for these; the second, of views and versions, is for autograd's sake.
+constexpr c10::DispatchKeySet kPassedThrough =
+    c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
+
+// Neither mode nor transform, gradient nor profiler stands between a call and its kernel.
+bool comes_straight(c10::DispatchKeySet keys) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const auto left = (keys | local.included_) - local.excluded_ - kPassedThrough;
+  return c10::toFunctionalityKey(left.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
+         !at::hasCallbacks();
+}
+
+}  // namespace
+
+RerunRegistration::RerunRegistration(c10::DeviceType device, Prepare prepare) {
+  prepare_for(device) = prepare;
+}
+
+bool Rerun::serves(const ReverseStep& a) const {
+  const Tensor& output = a.model_output;
+  const auto overwritten = [&](const Tensor* t) { return t != nullptr && overlap(*t, output); };
+  return run_on && comes_straight(output.key_set() | a.x_t.key_set()) &&
+         output.scalar_type() == dtype && output.device() == device && output.sizes() == sizes &&
+         output.strides() == strides && !overwritten(&a.out) &&
+         !overwritten(address_of(a.pred_xstart)) && !overwritten(address_of(a.next_input));
+}
+
+void Rerun::operator()(const ReverseStep& a) const {
+  check_range({"reverse_step", "step", a.step}, {"reverse_step", "rows", a.rows});
+  run_on(a.model_output.const_data_ptr());
+  mark_written(a);
+}
+
+void Rerun::remember(const ReverseStep& a) {
+  const Tensor& output = a.model_output;
+  const Prepare prepare = prepare_for(output.device().type());
+  run_on = prepare == nullptr || output.numel() == 0 ? RunOn() : prepare(a);
+  dtype = output.scalar_type();
+  device = output.device();
+  sizes = output.sizes().vec();
+  strides = output.strides().vec();
+}
+
+}  // namespace ddpm_fast
