@@ -162,11 +162,11 @@ def test_every_source_is_compiled(setup_py: ModuleType) -> None:
     assert setup_py.source_files(with_cuda=False) == sorted(set(present) - set(in_cuda))
 
 
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_every_compiler_takes_the_vectors(compiler: str, tmp_path: Path) -> None:
-    """Clang once refused the assembly in them."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
+def test_clang_takes_the_vectors(tmp_path: Path) -> None:
+    """It once refused the assembly in them."""
+    compiler = shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no clang++")
     flags = ["-std=c++20", "-O1", "-w", "-c", *(f"-I{path}" for path in include_paths())]
     source = ROOT / "csrc" / "cpu" / "normals.cpp"
     subprocess.run([compiler, *flags, str(source), "-o", str(tmp_path / "normals.o")], check=True)

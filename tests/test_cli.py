@@ -791,6 +791,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"on cpu     {facts['backends']['cpu']}" in text
 
 
+@pytest.mark.slow
 def test_the_process_returns_the_exit_code(digits_file: Path) -> None:
     command = [sys.executable, "-m", "ddpm_fast", "sample", "--checkpoint", str(digits_file)]
     done = subprocess.run([*command, "--classes", "no"], capture_output=True, text=True)
