@@ -13,7 +13,7 @@ Prepare& prepare_for(c10::DeviceType device) {
   return table[static_cast<size_t>(device)];
 }
 
-// The op has no rule for these; the second, of views and versions, is for autograd's sake.
+// A call passes through these, for which the op has no rule.
 constexpr c10::DispatchKeySet kPassedThrough =
     c10::autocast_dispatch_keyset |
     c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});

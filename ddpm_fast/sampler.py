@@ -365,7 +365,8 @@ class Sampler:
         self.threshold = None if table.thresholding is None else self.rows.new_ones(batch)
         self.history = torch.empty_like(self.x) if table.has_history else None
         self.cond_fn = cond_fn
-        self.looks_between = bool(cond_fn or rescale or table.thresholding)
+        measured = self.guidance_factor is not None or self.threshold is not None
+        self.looks_between = measured or cond_fn is not None
         if cond_fn is not None:
             self.score_coefs = score_coefs(self.diffusion, table).to(self.rows)
 
