@@ -60,7 +60,7 @@ section benchmarks 170 python3 -m pytest benchmarks -q -k cuda --benchmark-only 
 # Without PyTorch's cache of device memory, whose blocks are larger than the tensors in them.
 section sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --error-exitcode 9 python3 -m pytest -q -x -m 'cuda and not slow' \
-  -k "native and ($kernels)" tests/test_reverse_step.py tests/test_q_sample.py tests/test_philox.py
+  -k "native and ($kernels) or what_else" tests/test_reverse_step.py tests/test_q_sample.py tests/test_philox.py
 section tests-cpu 200 python3 -m pytest -q -m 'not cuda and not slow'
 
 exit "$failed"
