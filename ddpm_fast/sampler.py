@@ -365,8 +365,6 @@ class Sampler:
         self.threshold = None if table.thresholding is None else self.rows.new_ones(batch)
         self.history = torch.empty_like(self.x) if table.has_history else None
         self.cond_fn = cond_fn
-        measured = self.guidance_factor is not None or self.threshold is not None
-        self.looks_between = measured or cond_fn is not None
         if cond_fn is not None:
             self.score_coefs = score_coefs(self.diffusion, table).to(self.rows)
 
@@ -477,7 +475,7 @@ class Sampler:
         with torch.inference_mode(), self.network.autocast():
             done = self._replay(count) if generator is None and self._captures() else 0
             steps = range(done, len(self.table))
-            if generator is None and not self.looks_between:
+            if generator is None and not self._looks_between():
                 self._run_straight(steps, count)
                 return
             for step in steps:
@@ -517,6 +515,11 @@ class Sampler:
                 self._step(step, generator, pred_xstart)
             count(1)
             yield step, pred_xstart
+
+    def _looks_between(self) -> bool:
+        """Whether a step does anything between the network and the kernel."""
+        measured = self.guidance_factor is not None or self.threshold is not None
+        return measured or self.cond_fn is not None
 
     def _captures(self) -> bool:
         # A gradient's callback may do anything.
