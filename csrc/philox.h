@@ -62,79 +62,80 @@ struct NoiseKey {
   }
 };
 
-// u = 2^exponent (1 + f), with sqrt(1/2) <= 1 + f < sqrt(2).
+// u = 2^exponent (1 + f), with sqrt(1/2) <= 1 + f < sqrt(2). Held as 2^23 exponent and as -f / 2,
+// what the radius squared is made of in the fewest instructions.
 struct Uniform {
-  float exponent, f;
+  float exponent, g;
 };
 
 // u = (floor(word / 2) + 1/2) 2^-31, rounded to float.
 DDPM_HOST_DEVICE Uniform box_muller_uniform(uint32_t word) {
   const float u = fma(static_cast<float>(static_cast<int32_t>(word >> 1)), 0x1p-31f, 0x1p-32f);
   const int32_t bits_sqrt_half = 0x3f3504f3;
-  const int32_t shifted = float_bits(u) - bits_sqrt_half;
-  return {static_cast<float>(shifted >> 23),
-          float_from_bits((shifted & 0x7fffff) + bits_sqrt_half) - 1.0f};
+  const int32_t exponent = (float_bits(u) - bits_sqrt_half) & ~0x7fffff;
+  const float one_plus_f = float_from_bits(float_bits(u) - exponent);
+  return {static_cast<float>(exponent), fma(one_plus_f, -0.5f, 0.5f)};
 }
 
-// -2 ln u
-DDPM_HOST_DEVICE float box_muller_radius_squared(Uniform u) {
-  const float f = u.f;
-  // -2 ln(1 + f) = -2 f + f^2 + f^3 p(f), p by minimax
-  float p = 0x1.38c9dep-3f;
-  p = fma(p, f, -0x1.055ec6p-2f);
-  p = fma(p, f, 0x1.0d8242p-2f);
-  p = fma(p, f, -0x1.22d92ep-2f);
-  p = fma(p, f, 0x1.54728ap-2f);
-  p = fma(p, f, -0x1.99a01cp-2f);
-  p = fma(p, f, 0x1.000226p-1f);
-  p = fma(p, f, -0x1.555554p-1f);
-  const float tail = f * fma(f * f, p, f);
-  // -2 ln 2 in two parts, the first short enough for its product with the exponent to be exact;
+// -1/2 ln u, the square of half the radius
+DDPM_HOST_DEVICE float box_muller_half_radius_squared(Uniform u) {
+  const float g = u.g;
+  // -1/2 ln(1 + f) = g + g^2 + g^3 p(g), p by minimax
+  float p = 0x1.38c9dep+5f;
+  p = fma(p, g, 0x1.055ec6p+5f);
+  p = fma(p, g, 0x1.0d8242p+4f);
+  p = fma(p, g, 0x1.22d92ep+3f);
+  p = fma(p, g, 0x1.54728ap+2f);
+  p = fma(p, g, 0x1.99a01cp+1f);
+  p = fma(p, g, 0x1.000226p+1f);
+  p = fma(p, g, 0x1.555554p+0f);
+  const float tail = g * fma(g * g, p, g);
+  // -1/2 ln 2 in two parts, the first short enough for its product with the exponent to be exact;
   // the sum's rounding error is carried into the tail (fast two-sum).
-  const float high = u.exponent * -0x1.62e4p+0f;
-  const float sum = fma(-2.0f, f, high);
-  const float error = fma(-2.0f, f, high - sum);
-  return sum + (fma(u.exponent, -0x1.7f7d1cp-19f, error) + tail);
+  const float high = -0x1.62e4p-25f, low = -0x1.7f7d1cp-44f;
+  const float sum = fma(u.exponent, high, g);
+  const float error = fma(u.exponent, high, -sum) + g;
+  return sum + (fma(u.exponent, low, error) + tail);
 }
 
-// sqrt(-2 ln u): the largest is 6.66.
-DDPM_HOST_DEVICE float box_muller_radius(uint32_t word) {
-  return square_root(box_muller_radius_squared(box_muller_uniform(word)));
+// The radius is sqrt(-2 ln u), at most 6.66.
+DDPM_HOST_DEVICE float box_muller_half_radius(uint32_t word) {
+  return square_root(box_muller_half_radius_squared(box_muller_uniform(word)));
 }
 
-// cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.
-DDPM_HOST_DEVICE void box_muller_direction(uint32_t word, float& cosine, float& sine) {
+// The radius times cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.
+DDPM_HOST_DEVICE void box_muller_pair(float half_radius, uint32_t word, float& cosine,
+                                      float& sine) {
   // a = 2^24 (quadrant + y), with y in [-1/2, 1/2): the quadrant's two bits come to lie uppermost.
   const uint32_t quadrant = word + (1u << 29);
   const float y = static_cast<float>(static_cast<int32_t>(word << 2 & ~0xffu)) * 0x1p-32f;
   const float y2 = y * y;
-  // sin(pi/2 y) and cos(pi/2 y) on [-1/2, 1/2], by minimax; pi/2 in two parts
-  float s = -0x1.2ddcecp-8f;
-  s = fma(s, y2, 0x1.46607ep-4f);
-  s = fma(s, y2, -0x1.4abbc0p-1f);
-  s = fma(s, y2, -0x1.777a5cp-25f);
-  s = fma(y, 0x1.921fb6p+0f, s * y);
-  float c = 0x1.d47d5ep-11f;
-  c = fma(c, y2, -0x1.55b146p-6f);
-  c = fma(c, y2, 0x1.03c1aep-2f);
-  c = fma(c, y2, -0x1.3bd3ccp+0f);
-  c = fma(c, y2, 1.0f);
-  // A quarter turn ahead of the sine: the signs differ where the quadrant is odd.
-  const uint32_t next_quadrant = quadrant + (1u << 30);
-  const bool odd = static_cast<int32_t>(quadrant ^ next_quadrant) < 0;
-  const uint32_t sign = 1u << 31;
-  cosine = float_from_bits(float_bits(odd ? s : c) ^ (next_quadrant & sign));
-  sine = float_from_bits(float_bits(odd ? c : s) ^ (quadrant & sign));
+  // 2 sin(pi/2 y) and 2 cos(pi/2 y) on [-1/2, 1/2], by minimax; pi in two parts
+  float s = -0x1.2ddcecp-7f;
+  s = fma(s, y2, 0x1.46607ep-3f);
+  s = fma(s, y2, -0x1.4abbc0p+0f);
+  s = fma(s, y2, -0x1.777a5cp-24f);
+  s = fma(y, 0x1.921fb6p+1f, s * y);
+  float c = 0x1.d47d5ep-10f;
+  c = fma(c, y2, -0x1.55b146p-5f);
+  c = fma(c, y2, 0x1.03c1aep-1f);
+  c = fma(c, y2, -0x1.3bd3ccp+1f);
+  c = fma(c, y2, 2.0f);
+  // Half a turn changes both signs, a quarter of one makes of (c, s) the pair (-s, c).
+  const float radius = float_from_bits(float_bits(half_radius) ^ (quadrant & 1u << 31));
+  const bool odd = has_bit(quadrant, 30);
+  cosine = radius * (odd ? -s : c);
+  sine = radius * (odd ? c : s);
 }
 
 DDPM_HOST_DEVICE Normals normals(const NoiseKey& key, uint32_t call) {
   const Words words = key.words(call);
-  const float radius0 = box_muller_radius(words.x);
-  const float radius1 = box_muller_radius(words.z);
-  float cosine0, sine0, cosine1, sine1;
-  box_muller_direction(words.y, cosine0, sine0);
-  box_muller_direction(words.w, cosine1, sine1);
-  return {radius0 * cosine0, radius0 * sine0, radius1 * cosine1, radius1 * sine1};
+  const float half_radius0 = box_muller_half_radius(words.x);
+  const float half_radius1 = box_muller_half_radius(words.z);
+  Normals n;
+  box_muller_pair(half_radius0, words.y, n.x, n.y);
+  box_muller_pair(half_radius1, words.w, n.z, n.w);
+  return n;
 }
 
 }  // namespace ddpm_fast

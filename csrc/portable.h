@@ -50,6 +50,17 @@ DDPM_HOST_DEVICE uint64_t multiply_words(uint32_t a, uint32_t b) {
 #endif
 }
 
+// nvcc would rather shift the bit down and compare it with one.
+DDPM_HOST_DEVICE bool has_bit(uint32_t word, int bit) {
+#if defined(__CUDA_ARCH__)
+  uint32_t masked;
+  asm("and.b32 %0, %1, %2;" : "=r"(masked) : "r"(word), "r"(1u << bit));
+  return masked != 0;
+#else
+  return static_cast<int32_t>(word << (31 - bit)) < 0;
+#endif
+}
+
 DDPM_HOST_DEVICE int32_t float_bits(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -14,14 +14,14 @@ int main() {
     previous = rounded;
     const double u = static_cast<float>(rounded * 0x1p-31f + 0x1p-32f);
     const double truth = std::sqrt(-2 * std::log(u));
-    const double radius = ddpm_fast::box_muller_radius(static_cast<uint32_t>(half) << 1);
+    const double radius = 2 * ddpm_fast::box_muller_half_radius(static_cast<uint32_t>(half) << 1);
     if (truth == 0 && radius != 0) return 1;
     if (truth > 0) radius_error = std::max(radius_error, std::fabs(radius - truth) / truth);
   }
   const double two_pi = 6.283185307179586;
   for (int64_t angle = 0; angle < int64_t{1} << 26; ++angle) {
     float cosine, sine;
-    ddpm_fast::box_muller_direction(static_cast<uint32_t>(angle) << 6, cosine, sine);
+    ddpm_fast::box_muller_pair(0.5f, static_cast<uint32_t>(angle) << 6, cosine, sine);
     // Within an eighth of a turn of the nearest axis, where double's own error is small.
     const int64_t quadrant = (angle + (1 << 23)) >> 24;
     const double rest = two_pi * static_cast<double>(angle - (quadrant << 24)) * 0x1p-26;

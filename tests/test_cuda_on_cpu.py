@@ -22,7 +22,11 @@ from ddpm_fast import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("reverse_step", "bound_reverse_step", "q_sample", "philox", "parity", "sampler", "editing")
-MAX_ITEMS = "kMaxItems = int64_t{1} << 31"
+# Less is a large batch, which takes several launches, or several turns a thread.
+SIZES = {
+    "kMaxItems = int64_t{1} << 31": "kMaxItems = 1 << 17",
+    "kManyElements = int64_t{1} << 20": "kManyElements = 1 << 12",
+}
 LAUNCH = re.compile(r"(\w+(?:<[\w, ]*>)?)<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 
 BUILD = """
@@ -42,12 +46,11 @@ load(
 
 
 def as_cpp(source: str) -> str:
-    """A launch becomes a call of run_grid, and the ops are those of CPU tensors.
-
-    Of fewer items at once, a batch that tests can afford takes several launches.
-    """
+    """A launch becomes a call of run_grid, and the ops are those of CPU tensors."""
     source = LAUNCH.sub(r"run_grid(\2, [&] { \1(\3); });", source)
-    source = source.replace(MAX_ITEMS, "kMaxItems = 1 << 17").replace("c10::kCUDA", "c10::kCPU")
+    for size, smaller in SIZES.items():
+        source = source.replace(size, smaller)
+    source = source.replace("c10::kCUDA", "c10::kCPU")
     return source.replace(
         "TORCH_LIBRARY_IMPL(ddpm_fast, CUDA,", "TORCH_LIBRARY_IMPL(ddpm_fast, CPU,"
     )
@@ -59,7 +62,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    assert MAX_ITEMS in (csrc / "cuda" / "items.cuh").read_text()
+    items = (csrc / "cuda" / "items.cuh").read_text()
+    assert all(size in items for size in SIZES)
     for path in list((csrc / "cuda").iterdir()):
         compiled = path.suffix in (".cu", ".cpp")
         target = path.with_name(f"cuda_{path.stem}.cpp") if compiled else path

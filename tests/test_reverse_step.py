@@ -117,7 +117,7 @@ def test_every_kernel_matches_reference(
 
 @pytest.mark.parametrize(("dtype", "output_dtype"), DTYPE_PAIRS)
 @pytest.mark.parametrize(
-    ("shape", "layout"), [*ACCESSES.values(), ((4, 4, 256, 256), "contiguous")]
+    ("shape", "layout"), [*ACCESSES.values(), ((4, 5, 256, 258), "contiguous")]
 )
 def test_what_else_is_written_does_not_matter(
     dtype: torch.dtype,

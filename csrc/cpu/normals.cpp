@@ -99,22 +99,21 @@ struct DrawWords {
 // chain of them. The square roots stand in the last one, where they cost nothing.
 struct BoxMuller {
   static DDPM_INLINE void run(const Pairs& words, int calls, float* normals) {
-    float exponent[2 * kMostCalls], f[2 * kMostCalls], radius_squared[2 * kMostCalls];
+    float exponent[2 * kMostCalls], g[2 * kMostCalls], squared[2 * kMostCalls];
     for (int i = 0; i < 2 * calls; ++i) {
       const Uniform u = box_muller_uniform(words.radii[i]);
       exponent[i] = u.exponent;
-      f[i] = u.f;
+      g[i] = u.g;
     }
     for (int i = 0; i < 2 * calls; ++i) {
-      radius_squared[i] = box_muller_radius_squared({exponent[i], f[i]});
+      squared[i] = box_muller_half_radius_squared({exponent[i], g[i]});
     }
     DDPM_INDEPENDENT
     for (int i = 0; i < 2 * calls; ++i) {
-      const float radius = square_root(radius_squared[i]);
       float cosine, sine;
-      box_muller_direction(words.directions[i], cosine, sine);
-      normals[2 * i] = radius * cosine;
-      normals[2 * i + 1] = radius * sine;
+      box_muller_pair(square_root(squared[i]), words.directions[i], cosine, sine);
+      normals[2 * i] = cosine;
+      normals[2 * i + 1] = sine;
     }
   }
 };

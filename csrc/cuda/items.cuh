@@ -27,22 +27,74 @@ using Divider = at::cuda::detail::IntDivider<unsigned int>;
 template <int kBytes>
 using Chunk = std::conditional_t<kBytes == sizeof(uint2), uint2, uint4>;
 
+// nvcc may take an assignment apart into one for each number.
+DDPM_HOST_DEVICE void store_chunk(uint2* to, const uint2& chunk) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(chunk.x), "r"(chunk.y) : "memory");
+#else
+  *to = chunk;
+#endif
+}
+
+DDPM_HOST_DEVICE void store_chunk(uint4* to, const uint4& chunk) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(chunk.x), "r"(chunk.y),
+               "r"(chunk.z), "r"(chunk.w)
+               : "memory");
+#else
+  *to = chunk;
+#endif
+}
+
 constexpr int kWarp = 32;
 
+template <class From, class To, int kVec>
+DDPM_HOST_DEVICE void convert(const From (&from)[kVec], To (&to)[kVec]) {
+  if constexpr (std::is_same_v<From, c10::BFloat16> && std::is_same_v<To, float>) {
+    // The upper half of a float: two in a word take two instructions instead of three.
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) {
+      uint32_t pair;
+      memcpy(&pair, from + i, sizeof pair);
+      to[i] = float_from_bits(static_cast<int32_t>(pair << 16));
+      to[i + 1] = float_from_bits(static_cast<int32_t>(pair & 0xffff0000u));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) to[i] = static_cast<To>(from[i]);
+  }
+}
+
 // kCount vectors of neighbours in memory too, moved in accesses of 16 bytes. Between the vectors of
-// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous.
+// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous. Of
+// several vectors a thread may take several turns, its warp's next to each other.
 template <int kLength, int kCount>
 struct VectorItem {
   static constexpr int kVec = kLength * kCount;
-  uint32_t sample;
+  static constexpr int kWarpTurn = kWarp * kVec;
+  uint32_t sample, turns_left;
   int64_t first;
 
-  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
+  static int64_t per_sample(const Shape& shape, int64_t turns) {
+    if (turns == 1) return shape.elements() / kVec;
+    return (shape.elements() / kWarpTurn + turns - 1) / turns * kWarp;
+  }
   static int64_t divisor(const Shape&) { return 1; }
 
-  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape&, Divider)
-      : sample(sample),
-        first((int64_t{number} + (kCount - 1) * int64_t{number / kWarp * kWarp}) * kLength) {}
+  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape& shape, Divider,
+                              uint32_t turns)
+      : sample(sample) {
+    const int64_t first_turn = int64_t{number / kWarp} * turns;
+    const int64_t turns_behind = shape.elements() / kWarpTurn - first_turn;
+    turns_left = turns_behind < turns ? static_cast<uint32_t>(turns_behind) : turns;
+    first = first_turn * kWarpTurn + number % kWarp * kLength;
+  }
+
+  // Whether there is another turn, to which the item moves on.
+  DDPM_HOST_DEVICE bool next() {
+    first += kWarpTurn;
+    return kCount > 1 && --turns_left > 0;
+  }
 
   // Of element i from the first.
   static DDPM_HOST_DEVICE constexpr int distance(int i) {
@@ -65,21 +117,19 @@ struct VectorItem {
       const Access chunk = *reinterpret_cast<const Access*>(at(view) + distance(i));
       memcpy(static_cast<void*>(values + i), &chunk, sizeof chunk);
     }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) into[i] = static_cast<C>(values[i]);
+    convert(values, into);
   }
 
   template <class T, class C>
   DDPM_HOST_DEVICE void store(const View<T>& view, const C (&from)[kVec]) const {
     using Access = Chunk<sizeof(T) * kLength>;
     T values[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values[i] = static_cast<T>(from[i]);
+    convert(from, values);
 #pragma unroll
     for (int i = 0; i < kVec; i += sizeof(Access) / sizeof(T)) {
       Access chunk;
       memcpy(&chunk, values + i, sizeof chunk);
-      *reinterpret_cast<Access*>(at(view) + distance(i)) = chunk;
+      store_chunk(reinterpret_cast<Access*>(at(view) + distance(i)), chunk);
     }
   }
 
@@ -97,17 +147,19 @@ struct PixelItem {
   uint32_t sample;
   int64_t channel, pixel, first;
 
-  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
+  static int64_t per_sample(const Shape& shape, int64_t) { return shape.elements() / kVec; }
   static int64_t divisor(const Shape& shape) { return shape.channels; }
 
   DDPM_HOST_DEVICE PixelItem(uint32_t sample, uint32_t number, const Shape& shape,
-                             Divider by_channels)
+                             Divider by_channels, uint32_t)
       : sample(sample) {
     const auto place = by_channels.divmod(number);
     channel = place.mod;
     pixel = int64_t{place.div} * kVec;
     first = channel * shape.pixels + pixel;
   }
+
+  DDPM_HOST_DEVICE bool next() { return false; }
 
   static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
 
@@ -144,14 +196,19 @@ struct ElementItem {
   int size;
   int64_t first, pixels;
 
-  static int64_t per_sample(const Shape& shape) { return (shape.elements() + kVec - 1) / kVec; }
+  static int64_t per_sample(const Shape& shape, int64_t) {
+    return (shape.elements() + kVec - 1) / kVec;
+  }
   static int64_t divisor(const Shape&) { return 1; }
 
-  DDPM_HOST_DEVICE ElementItem(uint32_t sample, uint32_t number, const Shape& shape, const Divider&)
+  DDPM_HOST_DEVICE ElementItem(uint32_t sample, uint32_t number, const Shape& shape, const Divider&,
+                               uint32_t)
       : sample(sample), first(int64_t{number} * kVec), pixels(shape.pixels) {
     const int64_t left = shape.elements() - first;
     size = left < kVec ? static_cast<int>(left) : kVec;
   }
+
+  DDPM_HOST_DEVICE bool next() { return false; }
 
   static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
 
@@ -201,10 +258,11 @@ bool vectorises(const AnyView& view, const Shape& shape) {
 
 template <class Item, class T, int kVec>
 DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&into)[kVec]) {
+  const auto first_call =
+      static_cast<uint32_t>(static_cast<uint64_t>(item.first) / kNormalsPerCall);
 #pragma unroll
   for (int i = 0; i < kVec; i += kNormalsPerCall) {
-    const int64_t call = (item.first + Item::distance(i)) / kNormalsPerCall;
-    const Normals z = normals(key, static_cast<uint32_t>(call));
+    const Normals z = normals(key, first_call + Item::distance(i) / kNormalsPerCall);
     into[i] = z.x;
     into[i + 1] = z.y;
     into[i + 2] = z.z;
@@ -214,27 +272,27 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
 
 template <class Body, class Item, class Kernel>
 __global__ void __launch_bounds__(kThreads)
-    item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
-                Divider divider) {
+    item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, uint32_t turns,
+                Divider per_sample, Divider divider) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= items) return;
   const auto place = per_sample.divmod(i);
-  Body::run(kernel, Item(first_sample + place.div, place.mod, kernel.shape, divider));
+  Body::run(kernel, Item(first_sample + place.div, place.mod, kernel.shape, divider, turns));
 }
 
 // Runs Body::run(kernel, item) over all items; a batch of more than kMaxItems takes several
 // launches.
 template <class Body, class Item, class Kernel>
-void run_items(const Kernel& kernel, cudaStream_t stream) {
+void run_items(const Kernel& kernel, cudaStream_t stream, int64_t turns = 1) {
   const Shape& shape = kernel.shape;
-  const int64_t per_sample = Item::per_sample(shape);
+  const int64_t per_sample = Item::per_sample(shape, turns);
   const int64_t samples_at_once = kMaxItems / per_sample;
   for (int64_t first = 0; first < shape.samples; first += samples_at_once) {
     const int64_t items = std::min(samples_at_once, shape.samples - first) * per_sample;
     const int64_t blocks = (items + kThreads - 1) / kThreads;
     item_kernel<Body, Item><<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
         kernel, static_cast<uint32_t>(first), static_cast<uint32_t>(items),
-        Divider(static_cast<unsigned int>(per_sample)),
+        static_cast<uint32_t>(turns), Divider(static_cast<unsigned int>(per_sample)),
         Divider(static_cast<unsigned int>(Item::divisor(shape))));
   }
 }
@@ -246,6 +304,12 @@ constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
 // A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
+// The turns of a thread: as many as make what it asks and computes once for its sample cost little,
+// and as few as keep all multiprocessors busy to the end.
+inline int64_t turns_of(int64_t elements) {
+  return std::clamp<int64_t>(elements / (16 * kManyElements), 1, 4);
+}
+
 // The same, with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
@@ -253,9 +317,10 @@ void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... vi
   constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
   const Shape& shape = kernel.shape;
   if ((vectorises<kLength>(views, shape) && ...)) {
-    const bool many = shape.samples * shape.elements() >= kManyElements;
-    if (many && shape.elements() % (kWarp * kLength * kCount) == 0) {
-      run_items<Body, VectorItem<kLength, kCount>>(kernel, stream);
+    const int64_t elements = shape.samples * shape.elements();
+    if (elements >= kManyElements && shape.elements() % (kWarp * kLength * kCount) == 0) {
+      run_items<Body, VectorItem<kLength, kCount>>(kernel, stream,
+                                                   kCount > 1 ? turns_of(elements) : 1);
     } else {
       run_items<Body, VectorItem<kLength, 1>>(kernel, stream);
     }

@@ -22,13 +22,14 @@ struct ReverseStepBody {
   static constexpr int kVectors = kPlain ? 2 : 1;
 
   template <class K, class Item>
-  static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
+  static DDPM_HOST_DEVICE void run(const K& k, Item item) {
     using T = typename K::T;
     typename K::State x_t[Item::kVec];
     typename K::Output output[Item::kVec];
-    T x[Item::kVec], out[Item::kVec], noise[Item::kVec];
+    const bool leads = item.first == 0;
 
-    // What is loaded here is under way, and not yet asked for, until the noise is ready.
+    // What is loaded here, and at the end of a turn for the next one, is under way, and not yet
+    // asked for, until the noise is ready.
     const int64_t step = k.step[item.sample];
     item.load(k.x_t, x_t);
     item.load(k.model_output, output);
@@ -36,31 +37,31 @@ struct ReverseStepBody {
                        "reverse_step: step is out of range");
     const StepRow<T> row = k.row(step);
     // Without a choice here, the row is read at once; a sigma of 0 adds nothing anyway.
-    const bool noisy = kPlain || k.draws_noise(row) || k.reads_noise(row);
-    if (noisy) take_noise(k, item, row, noise);
+    const bool draws = kPlain || k.draws_noise(row), noisy = draws || k.reads_noise(row);
+    const NoiseKey key = draws ? k.noise_key(item.sample, row) : NoiseKey(0, 0, 0, 0);
+    const bool usual = is_usual(row);
 
-#pragma unroll
-    for (int i = 0; i < Item::kVec; ++i) {
-      x[i] = static_cast<T>(x_t[i]);
-      out[i] = static_cast<T>(output[i]);
-    }
-    if (!kPlain && k.guidance.present()) guide_output(k, item, step, out);
-    is_usual(row) ? take_step<true>(k, item, row, out, x) : take_step<false>(k, item, row, out, x);
-    if (kPlain || (noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
-    if (!kPlain && k.known.present()) restore_known(k, item, row, noisy, noise, x);
-    item.store(k.out, x);
-    if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
-    if (item.first == 0) k.advance(item.sample);
-  }
+    while (true) {
+      T x[Item::kVec], out[Item::kVec], noise[Item::kVec];
+      if (draws) {
+        draw_normals(key, item, noise);
+      } else if (noisy) {
+        item.load(k.noise, noise);
+      }
+      convert(x_t, x);
+      convert(output, out);
+      if (!kPlain && k.guidance.present()) guide_output(k, item, step, out);
+      usual ? take_step<true>(k, item, row, out, x) : take_step<false>(k, item, row, out, x);
+      if (kPlain || (noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
+      if (!kPlain && k.known.present()) restore_known(k, item, row, noisy, noise, x);
+      item.store(k.out, x);
+      if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
 
-  template <class K, class Item, class T, int kVec>
-  static DDPM_HOST_DEVICE void take_noise(const K& k, const Item& item, const StepRow<T>& row,
-                                          T (&noise)[kVec]) {
-    if (kPlain || k.source.present()) {
-      draw_normals(k.noise_key(item.sample, row), item, noise);
-    } else {
-      item.load(k.noise, noise);
+      if (!item.next()) break;
+      item.load(k.x_t, x_t);
+      item.load(k.model_output, output);
     }
+    if (leads) k.advance(item.sample);
   }
 
   // x_t becomes the mean of x_prev.
