@@ -81,6 +81,22 @@ def assert_same_step(case: ReverseStepCase, x_prev: torch.Tensor, expected: torc
     torch.testing.assert_close(x_prev, expected, rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_turns_a_thread_on_cuda(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device = torch.device("cuda")
+    # So many elements that a thread takes four turns, but for a sample's last threads.
+    case = reverse_step_case((9, 1, 512, 16401), noise="drawn", dtype=dtype, device=device)
+    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend="native")
+    pred_xstart = torch.empty_like(x_prev)
+    assert torch.equal(
+        x_prev,
+        ops.reverse_step(*case.args, **case.kwargs, pred_xstart=pred_xstart, backend="native"),
+    )
+
+
 @needs_native
 @given(cases())
 def test_native_matches_reference(case: ReverseStepCase) -> None:
