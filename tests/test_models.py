@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -158,6 +159,14 @@ def test_openais_time_embedding() -> None:
     wanted = [math.cos(t * w) for w in frequencies] + [math.sin(t * w) for w in frequencies]
     found = timestep_embedding(torch.tensor([t]), dim, "openai")
     torch.testing.assert_close(found, torch.tensor([wanted]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("model", [small_unet(), LightweightUNet()], ids=["unet", "lightweight"])
+def test_pictures_of_another_shape(model: nn.Module, shape: tuple[int, ...]) -> None:
+    sentence = rf"UNet: x must have shape \[N, 3, H, W\]; got {re.escape(str(list(shape)))}$"
+    with pytest.raises(ValueError, match=sentence):
+        model(torch.randn(shape), torch.ones(2))
 
 
 def test_no_null_label() -> None:

@@ -60,7 +60,7 @@ LAYERS = [
     ["reference"],
     ["checks"],
     ["_extension"],
-    ["models", "models.lightweight", "models.unet"],
+    ["models", "models.lightweight", "models.unet", "models.pictures"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 

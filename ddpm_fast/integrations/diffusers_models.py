@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusion import GaussianDiffusion
 from ..models import UNet
+from ..models.pictures import check_pictures
 from ..schedules import rescale_zero_terminal_snr
 from .weights import build, fill, names_of, read
 
@@ -149,6 +150,7 @@ class DiffusersModel(nn.Module):
 
         Without ``class_labels``, [N], a network with a null label takes that one for all.
         """
+        check_pictures("DiffusersModel", x, self.in_channels)
         if class_labels is None and self.null_label and self.num_classes is not None:
             class_labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
         out: Tensor = self.unet(x, t, class_labels=class_labels).sample

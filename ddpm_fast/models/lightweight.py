@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .pictures import check_pictures
+
 
 class LightweightUNet(nn.Module):
     """Three 3x3 convolutions with ReLU between them: 3 -> 64 -> 64 -> 3 channels by default.
@@ -50,6 +52,7 @@ class LightweightUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Map ``x`` [N, in_channels, H, W] to [N, out_channels, H, W], whatever ``t`` is."""
+        check_pictures("LightweightUNet", x, self.in_channels)
         h = F.relu(self.conv1(x))
         h = F.relu(self.conv2(h))
         out: Tensor = self.conv3(h)

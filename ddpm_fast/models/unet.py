@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .pictures import check_pictures
+
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _MakeNorm = Callable[[int], nn.GroupNorm]
 
@@ -207,9 +209,10 @@ class UNet(nn.Module):
             [N, out_channels, H, W], of the type of ``x``.
 
         Raises:
-            ValueError: labels given to a network without classes, or none to one without a null
-                label.
+            ValueError: another number of channels or of dimensions; labels given to a network
+                without classes, or none to one without a null label.
         """
+        check_pictures("UNet", x, self.in_channels)
         embedding = self._embed(t, class_labels, x.dtype)
         h = self.conv_in(x)
         skips = [h]
