@@ -62,10 +62,10 @@ struct NoiseKey {
   }
 };
 
-// u = 2^exponent (1 + f), with sqrt(1/2) <= 1 + f < sqrt(2). Held as 2^23 exponent and as -f / 2,
+// u = 2^exponent (1 + f), with sqrt(1/2) <= 1 + f < sqrt(2). Held as 2^23 exponent and g = -f / 2,
 // what the radius squared is made of in the fewest instructions.
 struct Uniform {
-  float exponent, g;
+  float scaled_exponent, g;
 };
 
 // u = (floor(word / 2) + 1/2) 2^-31, rounded to float.
@@ -93,19 +93,19 @@ DDPM_HOST_DEVICE float box_muller_half_radius_squared(Uniform u) {
   // -1/2 ln 2 in two parts, the first short enough for its product with the exponent to be exact;
   // the sum's rounding error is carried into the tail (fast two-sum).
   const float high = -0x1.62e4p-25f, low = -0x1.7f7d1cp-44f;
-  const float sum = fma(u.exponent, high, g);
-  const float error = fma(u.exponent, high, -sum) + g;
-  return sum + (fma(u.exponent, low, error) + tail);
+  const float sum = fma(u.scaled_exponent, high, g);
+  const float error = fma(u.scaled_exponent, high, -sum) + g;
+  return sum + (fma(u.scaled_exponent, low, error) + tail);
 }
 
-// The radius is sqrt(-2 ln u), at most 6.66.
+// Half of sqrt(-2 ln u), the radius: at most 3.33.
 DDPM_HOST_DEVICE float box_muller_half_radius(uint32_t word) {
   return square_root(box_muller_half_radius_squared(box_muller_uniform(word)));
 }
 
 // The radius times cos and sin of 2 pi a 2^-26, where a is the word's upper 26 bits.
-DDPM_HOST_DEVICE void box_muller_pair(float half_radius, uint32_t word, float& cosine,
-                                      float& sine) {
+DDPM_HOST_DEVICE void box_muller_pair(float half_radius, uint32_t word, float& first,
+                                      float& second) {
   // a = 2^24 (quadrant + y), with y in [-1/2, 1/2): the quadrant's two bits come to lie uppermost.
   const uint32_t quadrant = word + (1u << 29);
   const float y = static_cast<float>(static_cast<int32_t>(word << 2 & ~0xffu)) * 0x1p-32f;
@@ -124,8 +124,8 @@ DDPM_HOST_DEVICE void box_muller_pair(float half_radius, uint32_t word, float& c
   // Half a turn changes both signs, a quarter of one makes of (c, s) the pair (-s, c).
   const float radius = float_from_bits(float_bits(half_radius) ^ (quadrant & 1u << 31));
   const bool odd = has_bit(quadrant, 30);
-  cosine = radius * (odd ? -s : c);
-  sine = radius * (odd ? c : s);
+  first = radius * (odd ? -s : c);
+  second = radius * (odd ? c : s);
 }
 
 DDPM_HOST_DEVICE Normals normals(const NoiseKey& key, uint32_t call) {

@@ -334,6 +334,8 @@ def test_a_model_in_memory_is_sampled_from() -> None:
     )
     assert model.image_size == 8
     assert images.shape == (2, 3, 8, 8) and images.abs().max() <= 1 and images.std() > 0.1
+    with pytest.raises(ValueError, match=r"must have shape \[N, 3, H, W\]; got \[2, 1, 8, 8\]"):
+        sample(model, (2, 1, 8, 8), diffusion=diffusion_of(scheduler), seed=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_eps": 1e-5}], ids=["ours", "theirs"])

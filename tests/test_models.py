@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
 from ddpm_fast.models import LightweightUNet, UNet
@@ -167,6 +168,13 @@ def test_pictures_of_another_shape(model: nn.Module, shape: tuple[int, ...]) -> 
     sentence = rf"UNet: x must have shape \[N, 3, H, W\]; got {re.escape(str(list(shape)))}$"
     with pytest.raises(ValueError, match=sentence):
         model(torch.randn(shape), torch.ones(2))
+
+
+def test_a_traced_network_asks_for_the_same_shape() -> None:
+    traced = torch.fx.symbolic_trace(LightweightUNet())
+    assert traced(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="LightweightUNet: x must have shape"):
+        traced(torch.randn(2, 1, 8, 8))
 
 
 def test_no_null_label() -> None:

@@ -81,22 +81,6 @@ def assert_same_step(case: ReverseStepCase, x_prev: torch.Tensor, expected: torc
     torch.testing.assert_close(x_prev, expected, rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_turns_a_thread_on_cuda(dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    device = torch.device("cuda")
-    # So many elements that a thread takes four turns, but for a sample's last threads.
-    case = reverse_step_case((9, 1, 512, 16401), noise="drawn", dtype=dtype, device=device)
-    x_prev = ops.reverse_step(*case.args, **case.kwargs, backend="native")
-    pred_xstart = torch.empty_like(x_prev)
-    assert torch.equal(
-        x_prev,
-        ops.reverse_step(*case.args, **case.kwargs, pred_xstart=pred_xstart, backend="native"),
-    )
-
-
 @needs_native
 @given(cases())
 def test_native_matches_reference(case: ReverseStepCase) -> None:
@@ -131,9 +115,26 @@ def test_every_kernel_matches_reference(
     assert_same_step(case, x_prev, expected)
 
 
+def assert_plain_step_is_the_same(case: ReverseStepCase, native: str) -> None:
+    """With noise drawn and nothing more to write, CUDA has kernels of their own for the step."""
+    plain = ops.reverse_step(*case.args, **case.kwargs, backend=native)
+    written = written_tensors(case)
+    assert torch.equal(
+        plain, ops.reverse_step(*case.args, **case.kwargs, **written, backend=native)
+    )
+    x, (_, *others) = case.x_t.clone(), case.args
+    moved = {name: torch.zeros_like(written[name]) for name in ("next_step", "next_t")}
+    ops.reverse_step(x, *others, **case.kwargs, **moved, out=x, backend=native)
+    assert torch.equal(plain, x)
+    assert all(torch.equal(tensor, written[name]) for name, tensor in moved.items())
+
+
+LARGE = [(2, 4, 32, 32), (4, 5, 256, 258)]  # in the eyes of the kernels, or of test_cuda_on_cpu
+
+
 @pytest.mark.parametrize(("dtype", "output_dtype"), DTYPE_PAIRS)
 @pytest.mark.parametrize(
-    ("shape", "layout"), [*ACCESSES.values(), ((4, 5, 256, 258), "contiguous")]
+    ("shape", "layout"), [*ACCESSES.values(), *((shape, "contiguous") for shape in LARGE)]
 )
 def test_what_else_is_written_does_not_matter(
     dtype: torch.dtype,
@@ -143,14 +144,20 @@ def test_what_else_is_written_does_not_matter(
     device: torch.device,
     native: str,
 ) -> None:
-    """With noise drawn and nothing more to write, CUDA has kernels of their own for the step."""
     options: dict[str, Any] = {"dtype": dtype, "output_dtype": output_dtype, "layout": layout}
-    case = reverse_step_case(shape, noise="drawn", device=device, **options)
-    plain = ops.reverse_step(*case.args, **case.kwargs, backend=native)
-    written = written_tensors(case)
-    assert torch.equal(
-        plain, ops.reverse_step(*case.args, **case.kwargs, **written, backend=native)
-    )
+    case = reverse_step_case(shape, noise="drawn", per_sample=True, device=device, **options)
+    assert_plain_step_is_the_same(case, native)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_turns_a_thread_on_cuda(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    # So many elements that a thread takes four turns, but for a sample's last threads.
+    shape, device = (9, 1, 512, 16401), torch.device("cuda")
+    case = reverse_step_case(shape, noise="drawn", per_sample=True, dtype=dtype, device=device)
+    assert_plain_step_is_the_same(case, "native")
 
 
 @needs_native

@@ -102,7 +102,7 @@ struct BoxMuller {
     float exponent[2 * kMostCalls], g[2 * kMostCalls], squared[2 * kMostCalls];
     for (int i = 0; i < 2 * calls; ++i) {
       const Uniform u = box_muller_uniform(words.radii[i]);
-      exponent[i] = u.exponent;
+      exponent[i] = u.scaled_exponent;
       g[i] = u.g;
     }
     for (int i = 0; i < 2 * calls; ++i) {
@@ -110,10 +110,10 @@ struct BoxMuller {
     }
     DDPM_INDEPENDENT
     for (int i = 0; i < 2 * calls; ++i) {
-      float cosine, sine;
-      box_muller_pair(square_root(squared[i]), words.directions[i], cosine, sine);
-      normals[2 * i] = cosine;
-      normals[2 * i + 1] = sine;
+      float first, second;
+      box_muller_pair(square_root(squared[i]), words.directions[i], first, second);
+      normals[2 * i] = first;
+      normals[2 * i + 1] = second;
     }
   }
 };

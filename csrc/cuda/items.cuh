@@ -1,6 +1,7 @@
 // A batch is cut into items, an item a thread: a few elements of one sample that are neighbours in
-// logical order, as the noise is drawn for four such at a time. Three kinds of item tell how the
-// layout of the tensors lets a thread reach its elements.
+// logical order, as the noise is drawn for four such at a time, and in a large batch the next few
+// after those. Three kinds of item tell how the layout of the tensors lets a thread reach its
+// elements.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -51,7 +52,9 @@ constexpr int kWarp = 32;
 template <class From, class To, int kVec>
 DDPM_HOST_DEVICE void convert(const From (&from)[kVec], To (&to)[kVec]) {
   if constexpr (std::is_same_v<From, c10::BFloat16> && std::is_same_v<To, float>) {
-    // The upper half of a float: two in a word take two instructions instead of three.
+    // Upper halves of floats: two in a word, the first in its lower half, take two instructions
+    // instead of three.
+    static_assert(kVec % 2 == 0);
 #pragma unroll
     for (int i = 0; i < kVec; i += 2) {
       uint32_t pair;
@@ -66,34 +69,36 @@ DDPM_HOST_DEVICE void convert(const From (&from)[kVec], To (&to)[kVec]) {
 }
 
 // kCount vectors of neighbours in memory too, moved in accesses of 16 bytes. Between the vectors of
-// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous. Of
-// several vectors a thread may take several turns, its warp's next to each other.
-template <int kLength, int kCount>
+// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous. A
+// warp takes up to kTurns such runs of memory, one after the other; the last warp of a sample may
+// find fewer left.
+template <int kLength, int kCount, int kTurns>
 struct VectorItem {
   static constexpr int kVec = kLength * kCount;
   static constexpr int kWarpTurn = kWarp * kVec;
-  uint32_t sample, turns_left;
+  uint32_t sample;
+  int turns_left;
   int64_t first;
 
-  static int64_t per_sample(const Shape& shape, int64_t turns) {
-    if (turns == 1) return shape.elements() / kVec;
-    return (shape.elements() / kWarpTurn + turns - 1) / turns * kWarp;
+  static int64_t per_sample(const Shape& shape) {
+    if (kTurns == 1) return shape.elements() / kVec;
+    return (shape.elements() / kWarpTurn + kTurns - 1) / kTurns * kWarp;
   }
   static int64_t divisor(const Shape&) { return 1; }
 
-  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape& shape, Divider,
-                              uint32_t turns)
+  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape& shape, Divider)
       : sample(sample) {
-    const int64_t first_turn = int64_t{number / kWarp} * turns;
-    const int64_t turns_behind = shape.elements() / kWarpTurn - first_turn;
-    turns_left = turns_behind < turns ? static_cast<uint32_t>(turns_behind) : turns;
+    const int64_t first_turn = int64_t{number / kWarp} * kTurns;
+    const int64_t turns_ahead = shape.elements() / kWarpTurn - first_turn;
+    turns_left = turns_ahead < kTurns ? static_cast<int>(turns_ahead) : kTurns;
     first = first_turn * kWarpTurn + number % kWarp * kLength;
   }
 
-  // Whether there is another turn, to which the item moves on.
+  // Moves on to the next turn, if there is one.
   DDPM_HOST_DEVICE bool next() {
+    if (kTurns == 1 || --turns_left == 0) return false;
     first += kWarpTurn;
-    return kCount > 1 && --turns_left > 0;
+    return true;
   }
 
   // Of element i from the first.
@@ -147,11 +152,11 @@ struct PixelItem {
   uint32_t sample;
   int64_t channel, pixel, first;
 
-  static int64_t per_sample(const Shape& shape, int64_t) { return shape.elements() / kVec; }
+  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
   static int64_t divisor(const Shape& shape) { return shape.channels; }
 
   DDPM_HOST_DEVICE PixelItem(uint32_t sample, uint32_t number, const Shape& shape,
-                             Divider by_channels, uint32_t)
+                             Divider by_channels)
       : sample(sample) {
     const auto place = by_channels.divmod(number);
     channel = place.mod;
@@ -196,13 +201,10 @@ struct ElementItem {
   int size;
   int64_t first, pixels;
 
-  static int64_t per_sample(const Shape& shape, int64_t) {
-    return (shape.elements() + kVec - 1) / kVec;
-  }
+  static int64_t per_sample(const Shape& shape) { return (shape.elements() + kVec - 1) / kVec; }
   static int64_t divisor(const Shape&) { return 1; }
 
-  DDPM_HOST_DEVICE ElementItem(uint32_t sample, uint32_t number, const Shape& shape, const Divider&,
-                               uint32_t)
+  DDPM_HOST_DEVICE ElementItem(uint32_t sample, uint32_t number, const Shape& shape, const Divider&)
       : sample(sample), first(int64_t{number} * kVec), pixels(shape.pixels) {
     const int64_t left = shape.elements() - first;
     size = left < kVec ? static_cast<int>(left) : kVec;
@@ -272,27 +274,27 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
 
 template <class Body, class Item, class Kernel>
 __global__ void __launch_bounds__(kThreads)
-    item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, uint32_t turns,
-                Divider per_sample, Divider divider) {
+    item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
+                Divider divider) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= items) return;
   const auto place = per_sample.divmod(i);
-  Body::run(kernel, Item(first_sample + place.div, place.mod, kernel.shape, divider, turns));
+  Body::run(kernel, Item(first_sample + place.div, place.mod, kernel.shape, divider));
 }
 
 // Runs Body::run(kernel, item) over all items; a batch of more than kMaxItems takes several
 // launches.
 template <class Body, class Item, class Kernel>
-void run_items(const Kernel& kernel, cudaStream_t stream, int64_t turns = 1) {
+void run_items(const Kernel& kernel, cudaStream_t stream) {
   const Shape& shape = kernel.shape;
-  const int64_t per_sample = Item::per_sample(shape, turns);
+  const int64_t per_sample = Item::per_sample(shape);
   const int64_t samples_at_once = kMaxItems / per_sample;
   for (int64_t first = 0; first < shape.samples; first += samples_at_once) {
     const int64_t items = std::min(samples_at_once, shape.samples - first) * per_sample;
     const int64_t blocks = (items + kThreads - 1) / kThreads;
     item_kernel<Body, Item><<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
         kernel, static_cast<uint32_t>(first), static_cast<uint32_t>(items),
-        static_cast<uint32_t>(turns), Divider(static_cast<unsigned int>(per_sample)),
+        Divider(static_cast<unsigned int>(per_sample)),
         Divider(static_cast<unsigned int>(Item::divisor(shape))));
   }
 }
@@ -304,30 +306,30 @@ constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
 // A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
-// The turns of a thread: as many as make what it asks and computes once for its sample cost little,
-// and as few as keep all multiprocessors busy to the end.
-inline int64_t turns_of(int64_t elements) {
-  return std::clamp<int64_t>(elements / (16 * kManyElements), 1, 4);
-}
+// Several turns share what a thread asks and computes for its sample, but they cost registers, and
+// leave fewer blocks to keep all multiprocessors busy to the end.
+constexpr int64_t kElementsForTurns = 64 * kManyElements;
 
 // The same, with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = kVectorLength<State>;
   constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
+  constexpr int kTurns = sizeof(State) <= 4 ? Body::kTurns : 1;
   const Shape& shape = kernel.shape;
-  if ((vectorises<kLength>(views, shape) && ...)) {
-    const int64_t elements = shape.samples * shape.elements();
-    if (elements >= kManyElements && shape.elements() % (kWarp * kLength * kCount) == 0) {
-      run_items<Body, VectorItem<kLength, kCount>>(kernel, stream,
-                                                   kCount > 1 ? turns_of(elements) : 1);
+  const int64_t elements = shape.samples * shape.elements();
+  if (!(vectorises<kLength>(views, shape) && ...)) {
+    if (shape.pixels % PixelItem::kVec == 0 && (!views.dense || ...)) {
+      run_items<Body, PixelItem>(kernel, stream);
     } else {
-      run_items<Body, VectorItem<kLength, 1>>(kernel, stream);
+      run_items<Body, ElementItem>(kernel, stream);
     }
-  } else if (shape.pixels % PixelItem::kVec == 0 && (!views.dense || ...)) {
-    run_items<Body, PixelItem>(kernel, stream);
+  } else if (elements < kManyElements || shape.elements() % (kWarp * kLength * kCount) != 0) {
+    run_items<Body, VectorItem<kLength, 1, 1>>(kernel, stream);
+  } else if (elements < kElementsForTurns) {
+    run_items<Body, VectorItem<kLength, kCount, 1>>(kernel, stream);
   } else {
-    run_items<Body, ElementItem>(kernel, stream);
+    run_items<Body, VectorItem<kLength, kCount, kTurns>>(kernel, stream);
   }
 }
 

@@ -26,7 +26,7 @@ template <class State>
 void launch(const PhiloxNormalKernel<State>& kernel, cudaStream_t stream) {
   constexpr int kLength = kVectorLength<State>;
   if (vectorises<kLength>(kernel.out, kernel.shape)) {
-    run_items<PhiloxNormalBody, VectorItem<kLength, 1>>(kernel, stream);
+    run_items<PhiloxNormalBody, VectorItem<kLength, 1, 1>>(kernel, stream);
   } else {
     run_items<PhiloxNormalBody, ElementItem>(kernel, stream);
   }

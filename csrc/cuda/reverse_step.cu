@@ -19,14 +19,14 @@ bool is_plain(const K& k) {
 
 template <bool kPlain>
 struct ReverseStepBody {
-  static constexpr int kVectors = kPlain ? 2 : 1;
+  static constexpr int kVectors = kPlain ? 2 : 1, kTurns = kPlain ? 4 : 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, Item item) {
     using T = typename K::T;
     typename K::State x_t[Item::kVec];
     typename K::Output output[Item::kVec];
-    const bool leads = item.first == 0;
+    const bool leads = item.first == 0;  // before next() moves it on
 
     // What is loaded here, and at the end of a turn for the next one, is under way, and not yet
     // asked for, until the noise is ready.

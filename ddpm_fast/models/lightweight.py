@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pictures import check_pictures
+
+torch.fx.wrap("check_pictures")
 
 
 class LightweightUNet(nn.Module):
@@ -51,7 +54,11 @@ class LightweightUNet(nn.Module):
         }
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map ``x`` [N, in_channels, H, W] to [N, out_channels, H, W], whatever ``t`` is."""
+        """Map ``x`` [N, in_channels, H, W] to [N, out_channels, H, W], whatever ``t`` is.
+
+        Raises:
+            ValueError: another number of channels or of dimensions.
+        """
         check_pictures("LightweightUNet", x, self.in_channels)
         h = F.relu(self.conv1(x))
         h = F.relu(self.conv2(h))

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pictures import check_pictures
+
+torch.fx.wrap("check_pictures")
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _MakeNorm = Callable[[int], nn.GroupNorm]
