@@ -310,7 +310,7 @@ constexpr int64_t kManyElements = int64_t{1} << 20;
 // leave fewer blocks to keep all multiprocessors busy to the end.
 constexpr int64_t kElementsForTurns = 64 * kManyElements;
 
-// The same, with the items that suit the layouts of all the views that the body reads or writes.
+// run_items(), with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = kVectorLength<State>;
