@@ -90,8 +90,8 @@ DDPM_HOST_DEVICE float box_muller_half_radius_squared(Uniform u) {
   p = fma(p, g, 0x1.000226p+1f);
   p = fma(p, g, 0x1.555554p+0f);
   const float tail = g * fma(g * g, p, g);
-  // -1/2 ln 2 in two parts, the first short enough for its product with the exponent to be exact;
-  // the sum's rounding error is carried into the tail (fast two-sum).
+  // -1/2 ln 2, by 2^-23, in two parts, the first short enough for its product with the exponent to
+  // be exact; the sum's rounding error is carried into the tail (fast two-sum).
   const float high = -0x1.62e4p-25f, low = -0x1.7f7d1cp-44f;
   const float sum = fma(u.scaled_exponent, high, g);
   const float error = fma(u.scaled_exponent, high, -sum) + g;

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .pictures import check_pictures
 
-torch.fx.wrap("check_pictures")
+torch.fx.wrap("check_pictures")  # else a trace could not pass its question
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _MakeNorm = Callable[[int], nn.GroupNorm]
