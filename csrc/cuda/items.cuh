@@ -272,8 +272,10 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
   }
 }
 
+// A body says what for_each_item() has a thread do in a large batch, kVectors at once and kTurns
+// one after the other, and to how many blocks on a multiprocessor its registers are to be cut.
 template <class Body, class Item, class Kernel>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Body::kBlocks)
     item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
                 Divider divider) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
@@ -306,8 +308,8 @@ constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
 // A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
-// Several turns share what a thread asks and computes for its sample, but they cost registers, and
-// leave fewer blocks to keep all multiprocessors busy to the end.
+// Several turns share what a thread asks and computes for its sample, but they leave fewer blocks
+// to keep all multiprocessors busy to the end.
 constexpr int64_t kElementsForTurns = 64 * kManyElements;
 
 // run_items(), with the items that suit the layouts of all the views that the body reads or writes.

@@ -6,6 +6,8 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct PhiloxNormalBody {
+  static constexpr int kBlocks = 1;
+
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
     float noise[Item::kVec];

@@ -17,51 +17,74 @@ bool is_plain(const K& k) {
          !k.next_input.present();
 }
 
+// What a thread asks once, for all its turns.
+template <class T>
+struct Asked {
+  int64_t step;
+  StepRow<T> row;
+  bool draws, noisy;
+  NoiseKey key;
+};
+
 template <bool kPlain>
 struct ReverseStepBody {
-  static constexpr int kVectors = kPlain ? 2 : 1, kTurns = kPlain ? 4 : 1;
+  static constexpr int kVectors = kPlain ? 2 : 1, kTurns = kPlain ? 8 : 1;
+  static constexpr int kBlocks = kPlain ? 6 : 1;
 
   template <class K, class Item>
-  static DDPM_HOST_DEVICE void run(const K& k, Item item) {
+  static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
     using T = typename K::T;
-    typename K::State x_t[Item::kVec];
-    typename K::Output output[Item::kVec];
-    const bool leads = item.first == 0;  // before next() moves it on
-
-    // What is loaded here, and at the end of a turn for the next one, is under way, and not yet
-    // asked for, until the noise is ready.
     const int64_t step = k.step[item.sample];
-    item.load(k.x_t, x_t);
-    item.load(k.model_output, output);
+    const Loaded<K, Item> first(k, item);
     CUDA_KERNEL_ASSERT(static_cast<uint64_t>(step) < static_cast<uint64_t>(k.num_rows) &&
                        "reverse_step: step is out of range");
     const StepRow<T> row = k.row(step);
     // Without a choice here, the row is read at once; a sigma of 0 adds nothing anyway.
     const bool draws = kPlain || k.draws_noise(row), noisy = draws || k.reads_noise(row);
     const NoiseKey key = draws ? k.noise_key(item.sample, row) : NoiseKey(0, 0, 0, 0);
-    const bool usual = is_usual(row);
+    const Asked<T> asked{step, row, draws, noisy, key};
+    // Chosen before the turns: within them, a branch would part the noise from the step.
+    is_usual(row) ? take_turns<true>(k, item, asked, first)
+                  : take_turns<false>(k, item, asked, first);
+    if (item.first == 0) k.advance(item.sample);
+  }
 
+  // What has been loaded, here and for the next turn, is under way, and not yet asked for, until
+  // the noise is ready.
+  template <class K, class Item>
+  struct Loaded {
+    typename K::State x_t[Item::kVec];
+    typename K::Output output[Item::kVec];
+
+    DDPM_HOST_DEVICE Loaded(const K& k, const Item& item) {
+      item.load(k.x_t, x_t);
+      item.load(k.model_output, output);
+    }
+  };
+
+  template <bool kUsual, class K, class Item, class T>
+  static DDPM_HOST_DEVICE void take_turns(const K& k, Item item, const Asked<T>& asked,
+                                          Loaded<K, Item> loaded) {
+    const StepRow<T>& row = asked.row;
     while (true) {
       T x[Item::kVec], out[Item::kVec], noise[Item::kVec];
-      if (draws) {
-        draw_normals(key, item, noise);
-      } else if (noisy) {
+      if (asked.draws) {
+        draw_normals(asked.key, item, noise);
+      } else if (asked.noisy) {
         item.load(k.noise, noise);
       }
-      convert(x_t, x);
-      convert(output, out);
-      if (!kPlain && k.guidance.present()) guide_output(k, item, step, out);
-      usual ? take_step<true>(k, item, row, out, x) : take_step<false>(k, item, row, out, x);
-      if (kPlain || (noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
-      if (!kPlain && k.known.present()) restore_known(k, item, row, noisy, noise, x);
+      convert(loaded.x_t, x);
+      convert(loaded.output, out);
+      if (!kPlain && k.guidance.present()) guide_output(k, item, asked.step, out);
+      take_step<kUsual>(k, item, row, out, x);
+      if (kPlain || (asked.noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
+      if (!kPlain && k.known.present()) restore_known(k, item, row, asked.noisy, noise, x);
       item.store(k.out, x);
       if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
 
       if (!item.next()) break;
-      item.load(k.x_t, x_t);
-      item.load(k.model_output, output);
+      loaded = Loaded<K, Item>(k, item);
     }
-    if (leads) k.advance(item.sample);
   }
 
   // x_t becomes the mean of x_prev.
