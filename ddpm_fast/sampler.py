@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,9 @@ _MAX_SAMPLES = 1 << 48
 _TURNS = 2
 # Eager steps before a capture, in which libraries choose their algorithms; a multiple of _TURNS.
 _WARM_UP = 4
+# Steps in the longer graph, another multiple, of a network whose step the host queues in no more
+# than so many seconds: small enough for the gaps between graphs to count, and for so many captures.
+_LONG, _QUICK = 20, 1e-3
 
 
 @overload
@@ -214,9 +218,10 @@ class Sampler:
     """Draws batches of one shape, again and again: :func:`sample` with all that can be kept, kept.
 
     That is the step table, the buffers and, on CUDA, the graph of the network and the kernel: two
-    steps, captured in the first call and replayed from then on. A callback, intermediates,
-    ``progressive`` and a ``generator`` need the host between the steps, which then run one by one.
-    So they do where the network cannot be captured, after a warning that says why.
+    steps, of a small network also twenty, captured in the first call and replayed from then on. A
+    callback, intermediates, ``progressive`` and a ``generator`` need the host between the steps,
+    which then run one by one. So they do where the network cannot be captured, after a warning that
+    says why.
 
     Arguments are those of :func:`sample`, split between here and the call. One sampler draws one
     batch at a time.
@@ -255,7 +260,7 @@ class Sampler:
         ops.serves_natively(self.device, backend)
         self.backend = backend
         self.guided = guidance_scale is not None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their steps, the most first
         self._uncapturable = False
         self._captured: list[int] = []
         self.kwargs: dict[str, Any] = {}
@@ -442,14 +447,14 @@ class Sampler:
 
     def _hand_over(self, kwargs: dict[str, Any]) -> None:
         """Keeps the graph where it can serve this call too; the tensors it reads get new values."""
-        if self._graph is not None:
+        if self._graphs:
             moved = self._captured != self.network.addresses()
             if not moved and _replaceable(self.kwargs, kwargs):
                 for name, value in kwargs.items():
                     if isinstance(value, Tensor):
                         self.kwargs[name].copy_(value)
                 return
-            self._graph = None
+            self._graphs = {}
         self.kwargs = kwargs
 
     def _initial_noise(self, generator: torch.Generator | None) -> Tensor:
@@ -526,35 +531,49 @@ class Sampler:
         return self.device.type == "cuda" and self.cond_fn is None and not self._uncapturable
 
     def _replay(self, count: Count) -> int:
-        """As many steps as the graph can do, captured first if need be; returns their number."""
+        """As many steps as the graphs can do, captured first if need be; returns their number."""
         done, total = 0, len(self.table)
-        if self._graph is None and total < _WARM_UP + _TURNS:
+        if not self._graphs and total < _WARM_UP + _TURNS:
             return 0
         with torch.cuda.device(self.device):
-            if self._graph is None:
+            if not self._graphs:
                 with graphs.beside_the_current_stream(self.device):
-                    done = self._turns(_WARM_UP)
+                    seconds = self._warm_up()
+                done = _WARM_UP
                 count(done)
-                self._capture()
-            while self._graph is not None and done + _TURNS <= total:
-                self._graph.replay()
-                done += _TURNS
-                count(_TURNS)
+                self._capture(long=seconds <= _QUICK and total >= _LONG)
+            for steps, graph in self._graphs.items():
+                while done + steps <= total:
+                    graph.replay()
+                    done += steps
+                    count(steps)
         return done
 
-    def _turns(self, count: int) -> int:
+    def _warm_up(self) -> float:
+        """The steps before a capture; how many seconds the host took for each of the last."""
+        self._turns(_WARM_UP - _TURNS)
+        start = time.perf_counter()
+        self._turns(_TURNS)
+        return (time.perf_counter() - start) / _TURNS
+
+    def _turns(self, count: int) -> None:
         for step in range(count):
             self._step(step)
-        return count
 
-    def _capture(self) -> None:
+    def _capture(self, long: bool) -> None:
         kwargs = self.kwargs
         # The graph reads from here; the caller's tensors remain the caller's.
         with torch.inference_mode(False):
             self.kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         self._captured = self.network.addresses()
-        self._graph = graphs.capture(lambda: self._turns(_TURNS))
-        self._uncapturable = self._graph is None
+        graph = None
+        for steps in (_TURNS, _LONG) if long else (_TURNS,):
+            graph = graphs.capture(partial(self._turns, steps), beside=graph)
+            if graph is None:
+                self._graphs = {}
+                break
+            self._graphs = {steps: graph} | self._graphs
+        self._uncapturable = not self._graphs
 
     def _step(
         self,

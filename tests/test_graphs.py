@@ -7,6 +7,7 @@ marked so.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cases import GaussianModel
+from conftest import waiting_is_an_error
 from ddpm_fast import GaussianDiffusion, Sampler, graphs, sample
 from ddpm_fast.models import LightweightUNet
 
@@ -32,10 +34,10 @@ class PlayedGraph:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraph]:
-    """Lets samplers capture on the CPU; the graphs that they made."""
+    """Lets samplers capture on the CPU, short graphs alone; the graphs that they made."""
     made: list[PlayedGraph] = []
 
-    def capture(steps: Callable[[], object]) -> PlayedGraph:
+    def capture(steps: Callable[[], object], beside: PlayedGraph | None) -> PlayedGraph:
         made.append(PlayedGraph(steps))
         return made[-1]
 
@@ -47,6 +49,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraph]:
     monkeypatch.setattr(graphs, "beside_the_current_stream", nothing)
     monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(Sampler, "_captures", lambda self: not self._uncapturable)
+    monkeypatch.setattr("ddpm_fast.sampler._QUICK", -1)
     return made
 
 
@@ -67,16 +70,24 @@ class Scaled(nn.Module):
         return x * self.weight + shift + 1e-3 * t.reshape(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("num_steps", range(1, 15))
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("num_steps", [*range(1, 15), 20, 23, 45])
 def test_replayed_steps_are_the_steps(
-    num_steps: int, captures: list[PlayedGraph], monkeypatch: pytest.MonkeyPatch, backend: str
+    num_steps: int,
+    quick: bool,
+    captures: list[PlayedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
-    """Odd and even numbers, too few to capture, twice over."""
-    model = GaussianModel(DIFFUSION)
-    options: dict[str, Any] = {"diffusion": DIFFUSION, "num_steps": num_steps, "backend": backend}
+    """Odd and even numbers, too few to capture, enough for a quick network's long graph; twice."""
+    if quick:
+        monkeypatch.setattr("ddpm_fast.sampler._QUICK", math.inf)
+    diffusion = GaussianDiffusion.from_schedule("linear", 50, beta_end=0.3)
+    model = GaussianModel(diffusion)
+    options: dict[str, Any] = {"diffusion": diffusion, "num_steps": num_steps, "backend": backend}
     sampler = Sampler(model, SHAPE, **options)
     drawn = [sampler(seed=seed) for seed in (0, 1)]
-    assert len(captures) == (num_steps >= 6)
+    assert len(captures) == (num_steps >= 6) + (quick and num_steps >= 20)
     monkeypatch.setattr(Sampler, "_captures", lambda self: False)
     for seed in (0, 1):
         assert torch.equal(drawn[seed], sample(model, SHAPE, **options, seed=seed))
@@ -137,7 +148,7 @@ def test_a_failed_capture_is_not_tried_again(
     captures: list[PlayedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = []
-    monkeypatch.setattr(graphs, "capture", tries.append)
+    monkeypatch.setattr(graphs, "capture", lambda steps, beside: tries.append(steps))
     model = GaussianModel(DIFFUSION)
     sampler = Sampler(model, SHAPE, diffusion=DIFFUSION)
     expected = sample(model, SHAPE, diffusion=DIFFUSION, seed=0, callback=lambda *_: None)
@@ -146,15 +157,22 @@ def test_a_failed_capture_is_not_tried_again(
 
 
 def test_a_failed_capture_warns_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def failing(*_: Any, **__: Any) -> Iterator[None]:
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+    """Not with the end of the capture, which then fails, too."""
 
+    def capture_into(graph: object, steps: object, pool: object) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    recovered: list[str] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(graphs, "_capture_into", capture_into)
+    monkeypatch.setattr(graphs, "_recover", recovered.append)
     with pytest.warns(UserWarning, match="captured: operation not permitted when stream is .*ing$"):
         assert graphs.capture(lambda: None) is None
+    assert recovered == ["before"]
 
 
 @pytest.mark.cuda
@@ -196,11 +214,8 @@ class TestOnCuda:
     def test_the_host_never_waits(self) -> None:
         sampler = Sampler(LightweightUNet(2, 8, 2).cuda(), SHAPE, diffusion=DIFFUSION)
         sampler(seed=0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             sampler._run(None, tqdm(disable=True))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_autocast_in_a_graph(self, precision: str) -> None:
@@ -219,3 +234,6 @@ class TestOnCuda:
         with pytest.warns(UserWarning, match="^ddpm_fast samples without a CUDA graph"):
             x = sample(network, SHAPE, diffusion=DIFFUSION, seed=0, device="cuda")
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+        # torch itself leaves the stream of the capture behind, and a generator that does not draw.
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.randn(3, device="cuda").isfinite().all()
