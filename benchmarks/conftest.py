@@ -14,7 +14,7 @@ import origin
 from ddpm_fast.bench.timing import Call, calls_per_round, clock, rounds_within, seconds_per_call
 
 Race = Callable[..., None]
-SECONDS, SECONDS_IN_FULL = 0.7, 3.0  # for each row
+SECONDS, SECONDS_IN_FULL = {"cpu": 0.7, "cuda": 0.4}, 3.0  # for each row
 STATISTICS = ("median", "q1", "q3", "min", "max", "rounds", "iterations")
 
 
@@ -35,7 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
     """Times a contender with pytest-benchmark, in turns with others, and records the ratios."""
-    seconds_a_row = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS
 
     def run(
         timed: Call,
@@ -62,11 +61,12 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
         copied: those that the call of ``beside["copy"]`` moves.
         facts: what tells this row from others.
         """
+        seconds = SECONDS_IN_FULL if pytestconfig.getoption("--full") else SECONDS[device.type]
         benchmark.group = group
         if benchmark.disabled:
             benchmark.pedantic(timed)
             return
-        over = in_turns(benchmark, timed, dict(beside), device, patience * seconds_a_row)
+        over = in_turns(benchmark, timed, dict(beside), device, patience * seconds)
         a_call = benchmark.stats.stats.median
         measured = {"seconds_per_step": a_call / steps, "steps_per_sec": steps / a_call}
         if elements is not None:

@@ -134,7 +134,7 @@ def native_graph(p: StepProblem) -> Step:
     graph = graphs.capture(lambda: [step() for _ in range(GRAPH_STEPS)])
     assert graph is not None
 
-    def steps() -> Tensor:
+    def steps(read_by_the_graph: Step = step) -> Tensor:  # or its tensors would be freed
         graph.replay()
         return x
 

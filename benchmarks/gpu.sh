@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU can tell of a checkout, in under eight minutes and one folder:
 #
-#     benchmarks/gpu.sh [FOLDER]      (by default $OUT, or else gpu-results)
+#     benchmarks/gpu.sh [FOLDER [SECONDS]]      (by default $OUT, or else gpu-results, and 470)
 #
 # Needs no network: python3 with a CUDA build of torch, the packages of the `dev` and `benchmarks` extras
-# (diffusers and lucidrains are left out where they are missing), nvcc and compute-sanitizer. Each section
-# has a time limit; one that fails lets the others go on, and the script exit with 1. Where the checkout
-# comes without its history, DDPM_FAST_COMMIT may name the commit in the results.
+# (diffusers and lucidrains are left out where they are missing), nvcc and compute-sanitizer; with
+# pytest-xdist the tests run side by side. Each section has a time limit; one that fails lets the others
+# go on, and the script exit with 1. Where the checkout comes without its history, DDPM_FAST_COMMIT may
+# name the commit in the results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")
-deadline=470
+deadline=${2:-470}
 failed=0
 mkdir -p "$out"
 
@@ -50,17 +51,21 @@ build() {
 export -f machine build
 export PYTHONUNBUFFERED=1
 : >"$out/summary.log"
+parallel=()
+if python3 -c 'import xdist' 2>/dev/null; then
+  parallel=(-n 8 --dist worksteal --benchmark-disable)
+fi
 kernels='formula or layouts or beside or empty or history or coefficients or holds or prefix'
 
 section machine 20 bash -c machine
 section build 160 bash -c build
-section tests-cuda 80 python3 -m pytest -q -m 'cuda and not slow'
-section benchmarks 170 python3 -m pytest benchmarks -q -k cuda --benchmark-only \
+section tests-cuda 120 env OMP_NUM_THREADS=2 python3 -m pytest -q "${parallel[@]}" -m 'cuda and not slow'
+section benchmarks 210 python3 -m pytest benchmarks -q -k cuda --benchmark-only \
   --benchmark-json="$out/benchmarks.json"
 # Without PyTorch's cache of device memory, whose blocks are larger than the tensors in them.
 section sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --error-exitcode 9 python3 -m pytest -q -x -m 'cuda and not slow' \
   -k "native and ($kernels) or what_else" tests/test_reverse_step.py tests/test_q_sample.py tests/test_philox.py
-section tests-cpu 200 python3 -m pytest -q -m 'not cuda and not slow'
+section tests-cpu 200 env OMP_NUM_THREADS=2 python3 -m pytest -q "${parallel[@]}" -m 'not cuda and not slow'
 
 exit "$failed"

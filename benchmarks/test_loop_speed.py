@@ -57,6 +57,8 @@ class Chain:
     @property
     def patience(self) -> int:
         """Beside the smallest network a few percent are in question, and its calls vary most."""
+        if self.device == "cuda":
+            return 2  # nobody else is on it
         return 12 if self.network == "three_convolutions" and self.batch == 1 else 8
 
     def __str__(self) -> str:

@@ -313,7 +313,11 @@ def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], 
         graph = graphs.capture(call)
     if graph is None:
         raise RuntimeError("the network cannot be captured")
-    return graph.replay
+
+    def replay(read_by_the_graph: Callable[[], object] = call) -> None:  # or it would be freed
+        graph.replay()
+
+    return replay
 
 
 def native_loop(p: LoopProblem) -> Step:
