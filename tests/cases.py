@@ -169,9 +169,11 @@ class GaussianModel(nn.Module):
     def __init__(self, diffusion: GaussianDiffusion, mean: float = 0.3, std: float = 0.2) -> None:
         super().__init__()
         self.diffusion, self.mean, self.std = diffusion, mean, std
+        self.alphas_cumprod = diffusion.alphas_cumprod
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        abar = self.diffusion.alphas_cumprod.to(x_t.device)[t]
+        self.alphas_cumprod = self.alphas_cumprod.to(x_t.device)  # once: a graph cannot capture it
+        abar = self.alphas_cumprod[t]
         abar = abar.reshape(-1, *[1] * (x_t.dim() - 1))
         x = x_t.double()
         variance = abar * self.std**2 + 1 - abar

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,9 @@ from ddpm_fast import _extension
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=20)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=150)
 settings.load_profile("quick")
+
+# The tolerances are float32's.
+torch.backends.cudnn.allow_tf32 = False
 
 needs_native = pytest.mark.skipif(
     not _extension.native_devices, reason=f"no extension: {_extension.reason}"
@@ -50,3 +55,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within it the host must not wait for the GPU, or torch raises an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

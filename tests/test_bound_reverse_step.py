@@ -198,7 +198,7 @@ def test_modes_and_profilers_see_every_step(device: torch.device, native: str) -
         advance(case.args[1])
         with Seen() as seen:
             advance(case.args[1])
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             advance(case.args[1])
     assert seen.names == ["ddpm_fast::reverse_step_"]
     assert "ddpm_fast::reverse_step_" in [event.name for event in profile.events()]
