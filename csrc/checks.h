@@ -19,6 +19,7 @@
 
 #include "layout.h"
 #include "noise_source.h"
+#include "text.h"
 
 namespace ddpm_fast {
 
@@ -73,12 +74,13 @@ inline void check_device(const Argument& a, const Argument& like) {
 
 inline void check_batch(const Argument& a) {
   TORCH_CHECK_VALUE(a.tensor.dim() >= 2, a, " must have at least two dimensions, [N, C, ...]; got ",
-                    a.tensor.sizes());
+                    text(a.tensor.sizes()));
 }
 
 inline void check_same_shape(const Argument& a, const Argument& like) {
   TORCH_CHECK_VALUE(a.tensor.sizes() == like.tensor.sizes(), a, " must have the shape of ",
-                    like.name, "; got ", a.tensor.sizes(), " and ", like.tensor.sizes());
+                    like.name, "; got ", text(a.tensor.sizes()), " and ",
+                    text(like.tensor.sizes()));
 }
 
 inline bool has_shape(const Tensor& t, const Tensor& like, int64_t times_samples,
@@ -96,7 +98,7 @@ inline void check_output_shape(const Argument& a, const Argument& like, bool gui
   TORCH_CHECK_VALUE(
       has_shape(a.tensor, like.tensor, times, 1) || has_shape(a.tensor, like.tensor, times, 2), a,
       " must have ", guided ? "twice the samples of x_t" : "the shape of x_t",
-      ", or twice its channels; got ", a.tensor.sizes(), " and ", like.tensor.sizes());
+      ", or twice its channels; got ", text(a.tensor.sizes()), " and ", text(like.tensor.sizes()));
 }
 
 // The stride from one pixel to the next, or nothing where the pixels are not evenly spaced.
@@ -115,7 +117,7 @@ inline std::optional<int64_t> pixel_stride(const Tensor& t) {
 inline void check_layout(const Argument& a) {
   TORCH_CHECK_VALUE(a.tensor.numel() == 0 || pixel_stride(a.tensor).has_value(), a,
                     " must be contiguous or channels_last within each sample; got shape ",
-                    a.tensor.sizes(), " with strides ", a.tensor.strides());
+                    text(a.tensor.sizes()), " with strides ", text(a.tensor.strides()));
 }
 
 // An int64 tensor with one entry for the batch, or one for each sample.
@@ -125,15 +127,15 @@ inline void check_index(const Argument& a, const Argument& like, bool scalar_all
   const bool per_sample = a.tensor.dim() == 1 && a.tensor.size(0) == like.tensor.size(0);
   const bool scalar = scalar_allowed && a.tensor.dim() == 0;
   TORCH_CHECK_VALUE(per_sample || scalar, a, " must have shape ", scalar_allowed ? "[] or " : "",
-                    "[", like.tensor.size(0), "]; got ", a.tensor.sizes());
+                    "[", text(like.tensor.size(0)), "]; got ", text(a.tensor.sizes()));
 }
 
 inline void check_rows(const Argument& a, const Argument& like, int64_t columns) {
   check_dtype(a, compute_dtype(like.tensor.scalar_type()));
   check_device(a, like);
   TORCH_CHECK_VALUE(a.tensor.dim() == 2 && a.tensor.size(1) == columns && a.tensor.is_contiguous(),
-                    a, " must be contiguous with shape [number of rows, ", columns, "]; got ",
-                    a.tensor.sizes(), " with strides ", a.tensor.strides());
+                    a, " must be contiguous with shape [number of rows, ", text(columns), "]; got ",
+                    text(a.tensor.sizes()), " with strides ", text(a.tensor.strides()));
 }
 
 // One number for each row of the table and each sample, or one for all of either.
@@ -145,8 +147,8 @@ inline void check_scale(const Argument& a, const Argument& like, const Argument&
   };
   TORCH_CHECK_VALUE(
       a.tensor.dim() == 2 && fits(0, rows.tensor.size(0)) && fits(1, like.tensor.size(0)), a,
-      " must have shape [1 or ", rows.tensor.size(0), ", 1 or ", like.tensor.size(0), "]; got ",
-      a.tensor.sizes());
+      " must have shape [1 or ", text(rows.tensor.size(0)), ", 1 or ", text(like.tensor.size(0)),
+      "]; got ", text(a.tensor.sizes()));
 }
 
 // One number for each sample.
@@ -154,7 +156,8 @@ inline void check_per_sample(const Argument& a, const Argument& like) {
   check_dtype(a, compute_dtype(like.tensor.scalar_type()));
   check_device(a, like);
   TORCH_CHECK_VALUE(a.tensor.dim() == 1 && a.tensor.size(0) == like.tensor.size(0), a,
-                    " must have shape [", like.tensor.size(0), "]; got ", a.tensor.sizes());
+                    " must have shape [", text(like.tensor.size(0)), "]; got ",
+                    text(a.tensor.sizes()));
 }
 
 inline Index index_of(const Tensor& t) {
@@ -168,7 +171,7 @@ inline void check_range(const Argument& index, const Argument& rows) {
   const Index values = index_of(index.tensor);
   for (int64_t i = 0; i < index.tensor.numel(); ++i) {
     TORCH_CHECK_INDEX(0 <= values[i] && values[i] < rows.tensor.size(0), index, " must lie in [0, ",
-                      rows.tensor.size(0) - 1, "]; got ", values[i]);
+                      text(rows.tensor.size(0) - 1), "]; got ", text(values[i]));
   }
 }
 
@@ -239,7 +242,8 @@ inline bool elements_are_apart(const Tensor& t) {
 
 inline void check_apart(const Argument& a) {
   TORCH_CHECK_VALUE(a.tensor.numel() == 0 || elements_are_apart(a.tensor), a,
-                    " must not share memory among its elements; got strides ", a.tensor.strides());
+                    " must not share memory among its elements; got strides ",
+                    text(a.tensor.strides()));
 }
 
 // A tensor to write into: each element at an address of its own.
@@ -255,8 +259,8 @@ inline void check_next_input(const Argument& a, const Argument& like) {
   check_device(a, like);
   TORCH_CHECK_VALUE(
       has_shape(a.tensor, like.tensor, 1, 1) || has_shape(a.tensor, like.tensor, 2, 1), a,
-      " must have the shape of ", like.name, ", or twice its samples; got ", a.tensor.sizes(),
-      " and ", like.tensor.sizes());
+      " must have the shape of ", like.name, ", or twice its samples; got ", text(a.tensor.sizes()),
+      " and ", text(like.tensor.sizes()));
   check_layout(a);
   check_apart(a);
 }
@@ -274,8 +278,8 @@ inline void check_next_t(const Argument& a, const Argument& like) {
   const int64_t samples = like.tensor.size(0);
   const bool fits =
       a.tensor.dim() == 1 && (a.tensor.size(0) == samples || a.tensor.size(0) == 2 * samples);
-  TORCH_CHECK_VALUE(fits, a, " must have shape [", samples, "] or [", 2 * samples, "]; got ",
-                    a.tensor.sizes());
+  TORCH_CHECK_VALUE(fits, a, " must have shape [", text(samples), "] or [", text(2 * samples),
+                    "]; got ", text(a.tensor.sizes()));
   check_apart(a);
 }
 

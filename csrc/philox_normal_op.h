@@ -17,12 +17,13 @@ struct PhiloxForms {
   static Tensor normal(at::IntArrayRef size, const Tensor& seed, const Tensor& sample_index,
                        const Tensor& timestep, int64_t stream, at::ScalarType dtype) {
     const char* op = "philox_normal";
-    TORCH_CHECK_VALUE(size.size() >= 1, op, ": shape must have at least one dimension; got ", size);
+    TORCH_CHECK_VALUE(size.size() >= 1, op, ": shape must have at least one dimension; got ",
+                      text(size));
     const Tensor out = at::empty(size, seed.options().dtype(dtype));
     const Argument like{op, "the result", out};
     check_floating(like);
     TORCH_CHECK_VALUE(0 <= stream && stream < 1 << 16, op, ": stream must lie in [0, 65535]; got ",
-                      stream);
+                      text(stream));
     check_noise_source(like, {}, seed, sample_index);
     check_index({op, "timestep", timestep}, like, true);
     if (out.numel() == 0) return out;
@@ -48,9 +49,10 @@ struct PhiloxForms {
     check_dtype({op, "key", key}, at::kLong);
     check_device({op, "key", key}, counter_argument);
     TORCH_CHECK_VALUE(counter.dim() == 2 && counter.size(1) == 4, op,
-                      ": counter must have shape [K, 4]; got ", counter.sizes());
+                      ": counter must have shape [K, 4]; got ", text(counter.sizes()));
     TORCH_CHECK_VALUE(key.dim() == 2 && key.size(0) == counter.size(0) && key.size(1) == 2, op,
-                      ": key must have shape [", counter.size(0), ", 2]; got ", key.sizes());
+                      ": key must have shape [", text(counter.size(0)), ", 2]; got ",
+                      text(key.sizes()));
     const Tensor counters = counter.contiguous(), keys = key.contiguous();
     const Tensor out = at::empty_like(counters);
     if (out.numel() == 0) return out;

@@ -67,7 +67,7 @@ inline void check_inputs(const Tensor& x, const Tensor& output, const Tensor& ro
   if (guidance_factor) check_per_sample({op, "guidance_factor", *guidance_factor}, x_t);
   if (threshold) check_per_sample({op, "threshold", *threshold}, x_t);
   TORCH_CHECK_VALUE(!(clip && threshold), op, ": give clip or threshold, not both");
-  TORCH_CHECK_VALUE(!clip || *clip > 0, op, ": clip must be positive, or None; got ", *clip);
+  TORCH_CHECK_VALUE(!clip || *clip > 0, op, ": clip must be positive, or None; got ", text(*clip));
 }
 
 // A step in place, of a network that may return its own input, and a history that moves on.

@@ -319,6 +319,47 @@ def import_extension(package: Path, **environ: str) -> subprocess.CompletedProce
     )
 
 
+A_SHAPE_IS_WRONG = """
+import sys, torch
+import ddpm_fast
+from ddpm_fast import ops
+assert ddpm_fast.__path__ == [sys.argv[1]]
+try:
+    ops.philox(*torch.zeros(2, 2, 3, dtype=torch.int64), backend="native")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_errors_of_an_extension_with_a_cpp_library_of_its_own(tmp_path: Path) -> None:
+    """Its streams cannot format numbers; with a toolchain on an H200's machine some crashed."""
+    found = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True)
+    if not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("no static C++ library")
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    for folder in ("csrc", "ddpm_fast"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    flags = "-static-libstdc++ -Wl,-Bsymbolic-functions"
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {"DDPM_FAST_BUILD": "cpu", "CXX": "g++", "LDFLAGS": flags},
+        check=True,
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", A_SHAPE_IS_WRONG, str(tmp_path / "ddpm_fast")],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "DDPM_FAST_EXTENSION"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "philox: counter must have shape [K, 4]; got [2, 3]\n"
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     shutil.copy(_extension.__file__, tmp_path)

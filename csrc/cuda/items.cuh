@@ -309,7 +309,7 @@ constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
 // Several turns share what a thread asks and computes for its sample, but they leave fewer blocks
-// to keep all multiprocessors busy to the end.
+// to keep all multiprocessors busy to the end. Float32 is bound by memory, and gains nothing.
 constexpr int64_t kElementsForTurns = 64 * kManyElements;
 
 // run_items(), with the items that suit the layouts of all the views that the body reads or writes.
@@ -317,7 +317,7 @@ template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = kVectorLength<State>;
   constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
-  constexpr int kTurns = sizeof(State) <= 4 ? Body::kTurns : 1;
+  constexpr int kTurns = sizeof(State) < 4 ? Body::kTurns : 1;
   const Shape& shape = kernel.shape;
   const int64_t elements = shape.samples * shape.elements();
   if (!(vectorises<kLength>(views, shape) && ...)) {

@@ -16,8 +16,9 @@ struct Backend {
   static void run(const Kernel& kernel) {
     const Shape& shape = kernel.shape;
     TORCH_CHECK_VALUE(shape.samples <= kMostSamples && shape.elements() <= kMostElements,
-                      "on CUDA, a batch must have at most ", kMostSamples, " samples of at most ",
-                      kMostElements, " elements; got ", shape.samples, " of ", shape.elements());
+                      "on CUDA, a batch must have at most ", text(kMostSamples),
+                      " samples of at most ", text(kMostElements), " elements; got ",
+                      text(shape.samples), " of ", text(shape.elements()));
     queue(kernel);
   }
   static void run(const PhiloxKernel& kernel) { queue(kernel); }
