@@ -107,8 +107,9 @@ def in_turns(
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any) -> None:
     """The commit alone. A copy of a checkout, without its history, is told it by a variable."""
-    commit = os.environ.get("DDPM_FAST_COMMIT", commit_info["id"])
-    found = {"id": commit, "time": commit_info["time"], "dirty": commit_info["dirty"]}
+    found = {name: commit_info[name] for name in ("id", "time", "dirty")}
+    if told := os.environ.get("DDPM_FAST_COMMIT"):
+        found |= {"id": told, "time": None, "dirty": False}
     commit_info.clear()
     commit_info.update(found)
 

@@ -21,9 +21,12 @@ class Results(NamedTuple):
     rows: list[Row]
 
     def find(self, **wanted: Any) -> list[Row]:
-        """The rows with these values, smallest first; a function as value is a condition."""
+        """The rows with these values; a function as value is a condition.
+
+        Smallest first; loops as they were measured, from the smallest network up.
+        """
         found = [row for row in self.rows if _fits(row, wanted)]
-        return sorted(found, key=lambda row: (row.get("elements", 0), row.get("batch", 0)))
+        return sorted(found, key=lambda row: row.get("elements", 0))
 
 
 def _fits(row: Row, wanted: dict[str, Any]) -> bool:
