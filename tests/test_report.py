@@ -111,13 +111,16 @@ def test_verdicts_of_the_claims(reported: Path) -> None:
     assert "commit 0123456789 and changes; torch 2.14.1" in page
 
 
-def test_a_plot_for_each_group_that_was_measured(reported: Path) -> None:
-    images = {path.name for path in (reported / "docs" / "images").iterdir()}
-    assert images == {
-        f"{name}-cpu.png"
-        for name in ("time-against-size", "speed-up-bars", "bandwidth-bars", "loop-bars")
-    }
-    page = (reported / "docs" / "benchmarks.md").read_text()
+@pytest.mark.parametrize("sizes", [[], [3_072], [3_072, 3_145_728]])
+def test_a_plot_for_each_group_that_was_measured(tmp_path: Path, sizes: list[int]) -> None:
+    """That of time against size draws lines, which want three points."""
+    more = [step_row("native", 1.0, elements) for elements in sizes]
+    assert report(pages(tmp_path), ROWS + more).returncode == 0
+    names = ["speed-up-bars", "bandwidth-bars", "loop-bars"]
+    names += ["time-against-size"] if len(sizes) == 2 else []
+    images = {path.name for path in (tmp_path / "docs" / "images").iterdir()}
+    assert images == {f"{name}-cpu.png" for name in names}
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert all(f"(images/{name})" in page for name in images)
 
 
