@@ -5,6 +5,7 @@
 
 #include <c10/util/ArrayRef.h>
 
+#include <clocale>
 #include <cstdio>
 #include <string>
 
@@ -15,7 +16,12 @@ inline std::string text(int64_t number) { return std::to_string(number); }
 inline std::string text(double number) {
   char digits[32];
   std::snprintf(digits, sizeof digits, "%g", number);
-  return digits;
+  std::string text = digits;
+  const std::string point = std::localeconv()->decimal_point;
+  if (const auto place = text.find(point); place != std::string::npos) {
+    text.replace(place, point.size(), ".");
+  }
+  return text;
 }
 
 inline std::string text(c10::IntArrayRef numbers) {

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 
-def capture(
-    steps: Callable[[], object], beside: torch.cuda.CUDAGraph | None = None
-) -> torch.cuda.CUDAGraph | None:
+class Graph(NamedTuple):
+    """Captured work, and the stream on which it was captured."""
+
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+
+    def replay(self) -> None:
+        """Queues the work on the current stream."""
+        self.graph.replay()
+
+
+def capture(steps: Callable[[], object], beside: Graph | None = None) -> Graph | None:
     """The graph of what ``steps`` does on the current device; nothing of it is executed yet.
 
     It works in the memory of the graph ``beside``, if there is one, with which it takes turns.
@@ -20,42 +29,63 @@ def capture(
     None, with a warning that names the cause, where the work cannot be captured: the network
     waits for the device, say, by reading a number back.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    before = torch.cuda.current_stream()
+    # torch's own choice is one stream for all devices.
+    stream = torch.cuda.Stream() if beside is None else beside.stream  # type: ignore[no-untyped-call]
+    graph, pool = torch.cuda.CUDAGraph(), None if beside is None else beside.graph.pool()
+    failures: list[BaseException] = []
+
+    def recorded() -> None:
+        try:
+            steps()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
     try:
-        _capture_into(graph, steps, None if beside is None else beside.pool())
+        # Other threads may go on using their devices meanwhile.
+        with (
+            _no_word_of_an_empty_graph(),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
+            recorded()
     except RuntimeError as error:
-        _recover(stream)
-        # torch ends the capture before the error arrives here, and may fail at that, too.
-        first = error.__context__ or error
-        cause = str(first).strip().splitlines()[0]
+        _recover(graph, before)
+        first = failures[0] if failures else error  # the end of a capture that failed fails, too
+        if not isinstance(first, RuntimeError):
+            raise first from None
+        cause = (str(first).strip() or type(first).__name__).splitlines()[0]
         warnings.warn(
             f"ddpm_fast samples without a CUDA graph, as the network cannot be captured: {cause}",
             stacklevel=2,
         )
         return None
-    return graph
+    return Graph(graph, stream)
 
 
-def _capture_into(
-    graph: torch.cuda.CUDAGraph, work: Callable[[], object], pool: Any = None
-) -> None:
+@contextlib.contextmanager
+def _no_word_of_an_empty_graph() -> Iterator[None]:
+    """Of work that failed before its first kernel; the error itself says more."""
     with warnings.catch_warnings():
-        # Of work that failed before its first kernel; the error itself says more.
         warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
-        # Other threads may go on using their devices meanwhile.
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-            work()
+        yield
 
 
-def _recover(stream: torch.cuda.Stream) -> None:
+_abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+def _recover(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
     """Undoes what torch leaves behind when a capture cannot be ended.
 
     That is the capture's stream, still the current one, and a generator that refuses to draw
     outside of a capture, until one has ended well.
     """
+    _abandoned.append(graph)  # torch's allocator goes on asking it whose turn it is
     torch.cuda.set_stream(stream)
     numbers = torch.empty(1, device=stream.device)
-    _capture_into(torch.cuda.CUDAGraph(), numbers.zero_)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), None, side, capture_error_mode="thread_local"):
+        numbers.zero_()
 
 
 @contextlib.contextmanager

@@ -260,7 +260,7 @@ class Sampler:
         ops.serves_natively(self.device, backend)
         self.backend = backend
         self.guided = guidance_scale is not None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their steps, the most first
+        self._graphs: dict[int, graphs.Graph] = {}  # by their steps, the most first
         self._uncapturable = False
         self._captured: list[int] = []
         self.kwargs: dict[str, Any] = {}
@@ -541,7 +541,7 @@ class Sampler:
                     seconds = self._warm_up()
                 done = _WARM_UP
                 count(done)
-                self._capture(long=seconds <= _QUICK and total >= _LONG)
+                self._capture(long=seconds <= _QUICK and total >= _WARM_UP + _LONG)
             for steps, graph in self._graphs.items():
                 while done + steps <= total:
                     graph.replay()

@@ -319,15 +319,20 @@ def import_extension(package: Path, **environ: str) -> subprocess.CompletedProce
     )
 
 
-A_SHAPE_IS_WRONG = """
+NUMBERS_ARE_WRONG = """
 import sys, torch
 import ddpm_fast
 from ddpm_fast import ops
 assert ddpm_fast.__path__ == [sys.argv[1]]
-try:
-    ops.philox(*torch.zeros(2, 2, 3, dtype=torch.int64), backend="native")
-except ValueError as error:
-    print(error)
+x, rows, step = torch.zeros(1, 1), torch.zeros(1, 13), torch.tensor(0)
+for call in (
+    lambda: ops.philox(*torch.zeros(2, 2, 3, dtype=torch.int64), backend="native"),
+    lambda: ops.reverse_step(x, x, rows, step, clip=-0.5, backend="native"),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -349,15 +354,20 @@ def test_errors_of_an_extension_with_a_cpp_library_of_its_own(tmp_path: Path) ->
         env=os.environ | {"DDPM_FAST_BUILD": "cpu", "CXX": "g++", "LDFLAGS": flags},
         check=True,
     )
+    (library,) = (tmp_path / "ddpm_fast").glob("_C*.so")
+    assert b"libstdc++.so" not in library.read_bytes()
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", A_SHAPE_IS_WRONG, str(tmp_path / "ddpm_fast")],
+        [sys.executable, "-W", "ignore", "-c", NUMBERS_ARE_WRONG, str(tmp_path / "ddpm_fast")],
         cwd=tmp_path,
         env={key: value for key, value in os.environ.items() if key != "DDPM_FAST_EXTENSION"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout == "philox: counter must have shape [K, 4]; got [2, 3]\n"
+    assert run.stdout.splitlines() == [
+        "philox: counter must have shape [K, 4]; got [2, 3]",
+        "reverse_step: clip must be positive, or None; got -0.5",
+    ]
 
 
 @pytest.fixture

@@ -28,7 +28,11 @@ class PlayedGraph:
     """Does again what was captured, as a graph would: with the tensors of then."""
 
     def __init__(self, steps: Callable[[], object]) -> None:
-        self.replay = steps
+        self.steps, self.replays = steps, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.steps()
 
 
 @pytest.fixture
@@ -69,8 +73,18 @@ class Scaled(nn.Module):
         return x * self.weight + shift + 1e-3 * t.reshape(-1, 1, 1, 1)
 
 
+def replays_in_two_runs(num_steps: int, quick: bool) -> list[int]:
+    """Of the graph of two steps, and of twenty, if there are any; the first run has a warm-up."""
+    if num_steps < 6:
+        return []
+    runs = (num_steps - 4, num_steps)
+    if not quick or num_steps < 24:
+        return [sum(steps // 2 for steps in runs)]
+    return [sum(steps % 20 // 2 for steps in runs), sum(steps // 20 for steps in runs)]
+
+
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("num_steps", [*range(1, 15), 20, 23, 45])
+@pytest.mark.parametrize("num_steps", [*range(1, 15), 20, 23, 24, 45])
 def test_replayed_steps_are_the_steps(
     num_steps: int,
     quick: bool,
@@ -86,7 +100,8 @@ def test_replayed_steps_are_the_steps(
     options: dict[str, Any] = {"diffusion": diffusion, "num_steps": num_steps, "backend": backend}
     sampler = Sampler(model, SHAPE, **options)
     drawn = [sampler(seed=seed) for seed in (0, 1)]
-    assert len(captures) == (num_steps >= 6) + (quick and num_steps >= 20)
+    assert len(captures) == (num_steps >= 6) + (quick and num_steps >= 24)
+    assert [graph.replays for graph in captures] == replays_in_two_runs(num_steps, quick)
     monkeypatch.setattr(Sampler, "_captures", lambda self: False)
     for seed in (0, 1):
         assert torch.equal(drawn[seed], sample(model, SHAPE, **options, seed=seed))
@@ -155,23 +170,59 @@ def test_a_failed_capture_is_not_tried_again(
     assert len(tries) == 1
 
 
-def test_a_failed_capture_warns_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with the end of the capture, which then fails, too."""
+@pytest.fixture
+def failing_captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Captures whose end fails once the work has, as torch's do; the streams that were restored."""
 
-    def capture_into(graph: object, steps: object, pool: object) -> None:
+    @contextlib.contextmanager
+    def failing(*_: Any, **__: Any) -> Iterator[None]:
         try:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+            yield
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    recovered: list[str] = []
+    restored: list[object] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph", failing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
-    monkeypatch.setattr(graphs, "_capture_into", capture_into)
-    monkeypatch.setattr(graphs, "_recover", recovered.append)
-    with pytest.warns(UserWarning, match="captured: operation not permitted when stream is .*ing$"):
-        assert graphs.capture(lambda: None) is None
-    assert recovered == ["before"]
+    monkeypatch.setattr(graphs, "_recover", lambda graph, stream: restored.append(stream))
+    return restored
+
+
+def raised(error: BaseException) -> Callable[[], object]:
+    def steps() -> object:
+        raise error
+
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            RuntimeError("operation not permitted when stream is capturing\nmore"),
+            "operation not .*ing",
+        ),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_failed_capture_warns_with_its_cause(
+    error: RuntimeError, cause: str, failing_captures: list[object]
+) -> None:
+    """With what the work said, not the end of the capture, nor what the caller is handling."""
+    with pytest.warns(UserWarning, match=f"captured: {cause}$"):
+        try:
+            raise KeyError
+        except KeyError:
+            assert graphs.capture(raised(error)) is None
+    assert failing_captures == ["before"]
+
+
+def test_an_interrupted_capture_is_no_failed_one(failing_captures: list[object]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        graphs.capture(raised(KeyboardInterrupt()))
+    assert failing_captures == ["before"]
 
 
 @pytest.mark.cuda
