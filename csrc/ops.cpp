@@ -2,6 +2,7 @@
 // specified by ddpm_fast/reference.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -98,26 +99,36 @@ void reverse_step_in_place(Tensor& x_t, const Tensor& model_output, const Tensor
           next_t);
 }
 
-// The same with all but the model_output settled beforehand, and `ready` to make of what a network
-// returned a tensor that the op can take.
-py::cpp_function bound_reverse_step(py::object ready, Tensor x_t, Tensor rows, Tensor step,
-                                    OptionalTensor noise, OptionalTensor seed,
-                                    OptionalTensor sample_index, OptionalTensor x0_prev,
-                                    OptionalTensor guidance_scale, OptionalTensor guidance_factor,
-                                    OptionalTensor threshold, OptionalTensor known,
-                                    OptionalTensor mask, std::optional<double> clip,
-                                    OptionalTensor pred_xstart, OptionalTensor next_input,
-                                    OptionalTensor next_step, OptionalTensor next_t) {
-  return [=, rerun = ddpm_fast::Rerun()](const py::object& returned) mutable {
-    const auto step_on = [&](const Tensor& model_output) {
-      return ddpm_fast::ReverseStep{
-          x_t,         model_output, rows,      step,           noise,
-          seed,        sample_index, x0_prev,   guidance_scale, guidance_factor,
-          threshold,   known,        mask,      clip,           x_t,
-          pred_xstart, next_input,   next_step, next_t};
-    };
+Tensor philox_normal(c10::SymIntArrayRef size, const Tensor& seed, const Tensor& sample_index,
+                     const Tensor& timestep, int64_t stream, at::ScalarType dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ddpm_fast::philox_normal", "")
+                             .typed<decltype(philox_normal)>();
+  const py::gil_scoped_release no_gil;
+  return op.call(size, seed, sample_index, timestep, stream, dtype);
+}
+
+// reverse_step_ with all but the model_output settled beforehand, and `ready` to make of what a
+// network returned a tensor that the op can take.
+struct BoundReverseStep {
+  py::object ready;
+  Tensor x_t, rows, step;
+  OptionalTensor noise, seed, sample_index, x0_prev, guidance_scale, guidance_factor;
+  OptionalTensor threshold, known, mask;
+  std::optional<double> clip;
+  OptionalTensor pred_xstart, next_input, next_step, next_t;
+  ddpm_fast::Rerun rerun;
+
+  ddpm_fast::ReverseStep on(const Tensor& model_output) const {
+    return {x_t,         model_output, rows,      step,           noise,
+            seed,        sample_index, x0_prev,   guidance_scale, guidance_factor,
+            threshold,   known,        mask,      clip,           x_t,
+            pred_xstart, next_input,   next_step, next_t};
+  }
+
+  void operator()(py::handle returned) {
     if (THPVariable_Check(returned.ptr())) {
-      const auto a = step_on(THPVariable_Unpack(returned.ptr()));
+      const auto a = on(THPVariable_Unpack(returned.ptr()));
       if (rerun.serves(a)) {
         const py::gil_scoped_release no_gil;
         return rerun(a);
@@ -127,8 +138,40 @@ py::cpp_function bound_reverse_step(py::object ready, Tensor x_t, Tensor rows, T
     reverse_step_in_place(x_t, model_output, rows, step, noise, seed, sample_index, x0_prev,
                           guidance_scale, guidance_factor, threshold, known, mask, clip,
                           pred_xstart, next_input, next_step, next_t);
-    rerun.remember(step_on(model_output));
-  };
+    rerun.remember(on(model_output));
+  }
+};
+
+PyObject* call_bound_reverse_step(PyObject* self, PyObject* returned) {
+  try {
+    (*py::reinterpret_borrow<py::capsule>(self).get_pointer<BoundReverseStep>())(returned);
+    Py_RETURN_NONE;
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+// A function of Python's own interface: pybind11 would take a microsecond to pass one argument on.
+PyMethodDef bound_reverse_step_method{"bound_reverse_step", call_bound_reverse_step, METH_O,
+                                      nullptr};
+
+py::object bound_reverse_step(py::object ready, Tensor x_t, Tensor rows, Tensor step,
+                              OptionalTensor noise, OptionalTensor seed,
+                              OptionalTensor sample_index, OptionalTensor x0_prev,
+                              OptionalTensor guidance_scale, OptionalTensor guidance_factor,
+                              OptionalTensor threshold, OptionalTensor known, OptionalTensor mask,
+                              std::optional<double> clip, OptionalTensor pred_xstart,
+                              OptionalTensor next_input, OptionalTensor next_step,
+                              OptionalTensor next_t) {
+  const py::capsule self(
+      new BoundReverseStep{ready, x_t, rows, step, noise, seed, sample_index, x0_prev,
+                           guidance_scale, guidance_factor, threshold, known, mask, clip,
+                           pred_xstart, next_input, next_step, next_t},
+      [](void* bound) { delete static_cast<BoundReverseStep*>(bound); });
+  PyObject* function = PyCFunction_New(&bound_reverse_step_method, self.ptr());
+  if (function == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(function);
 }
 
 }  // namespace
@@ -137,5 +180,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of ddpm_fast; importing it registers torch.ops.ddpm_fast.";
   m.def("build_info", &build_info, "What the extension was compiled against and with.");
   m.def("reverse_step_", &reverse_step_in_place, "torch.ops.ddpm_fast.reverse_step_.");
+  m.def("philox_normal", &philox_normal, "torch.ops.ddpm_fast.philox_normal.default.");
   m.def("bound_reverse_step", &bound_reverse_step, "See ddpm_fast.ops.bound_reverse_step.");
 }

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-# The models that are sampled from now: by how many runs, and the modes of their parts before.
-_sampled: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
-_sampled = WeakKeyDictionary()
+# The models that are sampled from now, by their id: how many runs, and the parts that were found
+# in training mode.
+_sampled: dict[int, tuple[int, list[nn.Module]]] = {}
 _lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def evaluating(model: object) -> Iterator[None]:
+class evaluating:
     """Eval mode for all of the model; the last of the runs that share it puts each part back."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    with _lock:
-        runs, modes = _sampled.get(model) or (0, [(p, p.training) for p in model.modules()])
-        _sampled[model] = runs + 1, modes
-        _put(modes, training=False)
-    try:
-        yield
-    finally:
+
+    def __init__(self, model: object) -> None:
+        self.model = model if isinstance(model, nn.Module) else None
+
+    def __enter__(self) -> None:
+        if self.model is None:
+            return
         with _lock:
-            runs, modes = _sampled.pop(model)
+            runs, trained = _sampled.get(id(self.model), (0, []))
+            found = [part for part in self.model.modules() if part.training]
+            for part in found:
+                part.training = False
+            _sampled[id(self.model)] = runs + 1, trained + found
+
+    def __exit__(self, *error: object) -> None:
+        if self.model is None:
+            return
+        with _lock:
+            runs, trained = _sampled.pop(id(self.model))
             if runs > 1:
-                _sampled[model] = runs - 1, modes
-            else:
-                _put(modes)
-
-
-def _put(modes: list[tuple[nn.Module, bool]], *, training: bool | None = None) -> None:
-    """All parts into one mode, or each into its own."""
-    for part, own in modes:
-        mode = own if training is None else training
-        if part.training != mode:  # to set an attribute of a module takes a while
-            part.training = mode
+                _sampled[id(self.model)] = runs - 1, trained
+                return
+            for part in trained:
+                part.training = True

@@ -87,13 +87,18 @@ def seed_tensor(seed: SupportsIndex | None, device: torch.device | str) -> Tenso
         ValueError: outside [0, 2**64).
         TypeError: not an integer.
     """
+    # Filled, not copied, which the host would wait for.
+    return torch.full((), signed_seed(seed), dtype=torch.int64, device=device)
+
+
+def signed_seed(seed: SupportsIndex | None) -> int:
+    """The number in the :func:`seed_tensor` of a seed, likewise drawn or checked."""
     if seed is None:
-        return torch.empty((), dtype=torch.int64, device="cpu").random_().to(device)
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     number = operator.index(seed)
     if not 0 <= number < 1 << 64:
         raise ValueError(f"seed must lie in [0, 2**64); got {number}")
-    signed = number if number < 1 << 63 else number - (1 << 64)
-    return torch.full((), signed, dtype=torch.int64, device=device)  # no copy to wait for
+    return number if number < 1 << 63 else number - (1 << 64)
 
 
 def reverse_step(
@@ -361,7 +366,9 @@ def philox_normal(
     """
     if not serves_natively(seed.device, backend):
         return reference.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
-    normals: Tensor = _native.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
+    traced = torch.compiler.is_compiling()
+    draw = _native.philox_normal.default if traced else _extension.module.philox_normal
+    normals: Tensor = draw(shape, seed, sample_index, timestep, stream, dtype)
     return normals
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -353,11 +353,14 @@ class Sampler:
                 (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
             )
         self.model_input = self.x if self.next_input is None else self.next_input
-        self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
-        self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
-        self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.offset = torch.arange(batch, device=self.device)
-        self.sample_index = torch.empty_like(self.offset)
+        # Where a chain is, its step and its timesteps, goes back to the start in one piece.
+        self.first_clock = self.rows.new_zeros(_TURNS + asked, dtype=torch.int64)
+        self.first_clock[_TURNS:] = self.table.timesteps[0]
+        self.clock = self.first_clock.clone()
+        self.step_index, self.t = self.clock[:_TURNS].unbind(), self.clock[_TURNS:]
+        self.seed, self.no_timestep = self.clock.new_zeros(2).unbind()
+        self.first_index = 0
+        self.sample_index = torch.arange(batch, device=self.device)
 
     def _prepare_conditions(
         self, scale: Scale | None, rescale: float, cond_fn: Gradient | None
@@ -413,15 +416,16 @@ class Sampler:
         if x_T is not None:
             self._check_start(x_T)
         if generator is None and (x_T is None or self.draws_noise):
-            self.seed.copy_(ops.seed_tensor(seed, self.device))
-            torch.add(self.offset, first, out=self.sample_index)
+            self.seed.fill_(ops.signed_seed(seed))
+            if first != self.first_index:
+                torch.arange(first, first + self.shape[0], out=self.sample_index)
+                self.first_index = first
 
         self._hand_over(kwargs)
         self.x.copy_(self._initial_noise(generator) if x_T is None else x_T.detach())
         if self.next_input is not None:
             self.next_input.view(-1, *self.shape).copy_(self.x)
-        self.step_index[0].zero_()
-        self.t.fill_(self.table.timesteps[0])
+        self.clock.copy_(self.first_clock)
 
     def _check_start(self, x_T: Tensor) -> None:
         check_is_tensor("x_T", x_T)
@@ -464,7 +468,7 @@ class Sampler:
             self.shape,
             seed=self.seed,
             sample_index=self.sample_index,
-            timestep=torch.zeros_like(self.seed),
+            timestep=self.no_timestep,
             stream=ops.STREAMS["initial"],
             dtype=self.x.dtype,
             backend=self.backend,
@@ -649,14 +653,19 @@ def _ready(output: object, x: Tensor, variance_of: int | None) -> Tensor:
     return tensor
 
 
-@contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Count]:
+def _progress_bar(total: int, shown: bool) -> AbstractContextManager[Count]:
     """Counts steps; a bar that is not shown need not be made, which takes as long as a step."""
-    if not shown:
-        yield lambda steps: None
-        return
+    return _shown_progress_bar(total) if shown else nullcontext(_count_nothing)
+
+
+@contextmanager
+def _shown_progress_bar(total: int) -> Iterator[Count]:
     with tqdm(total=total) as bar:
         yield bar.update
+
+
+def _count_nothing(steps: int) -> None:
+    pass
 
 
 def checked_shape(shape: Sequence[SupportsIndex]) -> tuple[int, ...]:

@@ -65,6 +65,15 @@ def test_a_sample_does_not_depend_on_its_batch(
         assert torch.equal(part, whole[first : first + count])
 
 
+def test_a_sampler_draws_from_any_index_in_any_order(device: torch.device, backend: str) -> None:
+    options: dict[str, Any] = {"device": device, "backend": backend}
+    model = GaussianModel(DIFFUSION)
+    run = Sampler(model, SHAPE, diffusion=DIFFUSION, num_steps=5, **options)
+    for first in (5, 5, 0, 2**48 - 3, 5):
+        expected = draw(model, num_steps=5, first_index=first, **options)
+        assert torch.equal(run(seed=0, first_index=first), expected)
+
+
 def test_native_and_reference_draw_the_same_pictures(device: torch.device, native: str) -> None:
     ours = draw(backend=native, device=device)
     torch.testing.assert_close(ours, draw(backend="reference", device=device), rtol=0, atol=2e-5)
@@ -183,6 +192,20 @@ def test_runs_that_share_a_model_do_not_disturb_each_other() -> None:
     for run in (short, long, short, short, long, long, long, long, long, long):
         next(run, None)
     assert len(model.calls) == 8 and not any(call["training"] for call in model.calls)
+    assert model.training and model.dropout.training
+
+
+def test_a_run_that_joins_another_finds_eval_mode_whatever_happened_between() -> None:
+    model = ConstantModel().eval()
+    first = sample_progressive(model, SHAPE, diffusion=DIFFUSION, num_steps=3)
+    next(first)
+    model.train()
+    second = sample_progressive(model, SHAPE, diffusion=DIFFUSION, num_steps=3)
+    next(second)
+    assert not model.training and not model.dropout.training
+    second.close()
+    assert not model.training
+    first.close()
     assert model.training and model.dropout.training
 
 
