@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
 import origin
-from ddpm_fast.bench.timing import Call, calls_per_round, clock, rounds_within, seconds_per_call
+from ddpm_fast.bench.timing import (
+    Call,
+    calls_per_round,
+    clock,
+    median_ratio,
+    rounds_within,
+    seconds_per_call,
+)
 
 Race = Callable[..., None]
 SECONDS, SECONDS_IN_FULL = {"cpu": 0.7, "cuda": 0.4}, 3.0  # for each row
@@ -83,7 +89,7 @@ def race(benchmark: Any, pytestconfig: pytest.Config) -> Race:
 def in_turns(
     benchmark: Any, timed: Call, others: dict[str, Call], device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """How many times as long as each of the others a call takes: ratios of medians.
+    """How many times as long as each of the others a call takes.
 
     Every round is a batch of its calls, timed by pytest-benchmark, and one of each of the others.
     """
@@ -101,8 +107,8 @@ def in_turns(
         iterations=calls[timed],
         teardown=turns_of_the_others,
     )
-    a_call = benchmark.stats.stats.median
-    return {name: a_call / median(values) for name, values in times.items()}
+    timed_calls = benchmark.stats.stats.data
+    return {name: median_ratio(timed_calls, values) for name, values in times.items()}
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any) -> None:

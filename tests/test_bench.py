@@ -63,19 +63,28 @@ def test_rounds_fit_into_the_time(fake_clock: FakeClock, seconds: float, rounds:
     assert timing.rounds_within(seconds, calls, CPU) == rounds
 
 
-def test_medians_of_calls_that_take_turns(fake_clock: FakeClock) -> None:
+def test_calls_take_turns(fake_clock: FakeClock) -> None:
     order = []
 
     def noted(name: str, call: timing.Call) -> timing.Call:
         return lambda: (order.append(name), call())
 
-    # Once to compile, once to count and once to plan; then five rounds, with one outlier.
-    slow = fake_clock.call(9, 2, 2, 2, 2, 100, 2, 2)
+    # Once to compile, once to count and once to plan; then five rounds.
+    slow = fake_clock.call(9, 2, 2, 2, 3, 100, 2)
     found = timing.side_by_side(
         {"slow": noted("slow", slow), "fast": noted("fast", fake_clock.call(1))}, CPU, 0
     )
-    assert found == pytest.approx({"slow": 2, "fast": 1})
+    assert found["slow"] == pytest.approx([2, 3, 100, 2, 2])
+    assert found["fast"] == pytest.approx([1] * 5)
     assert order[-4:] == ["slow", "fast", "slow", "fast"]
+
+
+def test_a_drifting_machine_leaves_the_ratio_alone() -> None:
+    """Twice as long in each round but one, on a machine whose speed goes up and down."""
+    others = [1.0, 1.0, 3.0, 4.0, 5.0]
+    assert timing.median_ratio([2.0, 2.0, 6.0, 8.0, 500.0], others) == 2
+    with pytest.raises(ValueError):
+        timing.median_ratio([2.0], others)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -158,25 +167,38 @@ def test_measure_goes_through_everything() -> None:
         "loop, three convolutions",
     ]
     assert all(value > 0 for result in results for value in result.seconds.values())
-    assert all("native" in result.seconds for result in results)
+    assert all(result.over_native.keys() == result.seconds.keys() for result in results)
+    assert all(result.over_native["native"] == 1 for result in results)
+
+
+STEP = bench.Measured(
+    "reverse step",
+    "3,072",
+    {"textbook": 3e-5, "native": 1e-5},
+    {"textbook": 3.1, "native": 1.0},
+)
 
 
 def test_table() -> None:
     results = [
-        bench.Measured("reverse step", "3,072", {"textbook": 3e-5, "native": 1e-5}),
-        bench.Measured("loop", "100 steps", {"bare network": 0.5, "native": 1.0}),
+        STEP,
+        bench.Measured(
+            "loop",
+            "100 steps",
+            {"bare network": 0.5, "native": 1.0},
+            {"bare network": 0.5, "native": 1.0},
+        ),
     ]
     head, first, second = bench.table(results).splitlines()
     assert head.split() == ["textbook", "native", "bare", "network"]
-    assert first.split() == ["reverse", "step", "3,072", *["30", "us", "3.00", "10", "us", "1.00"]]
+    assert first.split() == ["reverse", "step", "3,072", *["30", "us", "3.10", "10", "us", "1.00"]]
     assert second.split() == ["loop", "100", "steps", *["1", "s", "1.00", "500", "ms", "0.50"]]
     assert second.index("500 ms") > first.rindex("1.00") > head.index("native")
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    measured = [bench.Measured("reverse step", "3,072", {"textbook": 3e-5, "native": 1e-5})]
-    monkeypatch.setattr(bench, "measure", lambda device: iter(measured))
+    monkeypatch.setattr(bench, "measure", lambda device: iter([STEP]))
     yield
 
 
@@ -186,9 +208,9 @@ def test_the_command(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["bench", "--device", "cpu", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed.splitlines()[0]
-    assert "reverse step" in printed and "3.00" in printed
+    assert "reverse step" in printed and "3.10" in printed
     saved = json.loads(path.read_text())
-    assert saved["results"][0]["seconds"] == {"textbook": 3e-5, "native": 1e-5}
+    assert saved["results"] == [STEP._asdict()]
     assert saved["machine"]["torch"] == torch.__version__
 
 

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -28,18 +29,19 @@ from .contenders import (
     loop_problem,
     step_problem,
 )
-from .timing import side_by_side
+from .timing import median_ratio, side_by_side
 
 SHAPES = {3_072: (1, 3, 32, 32), 49_152: (16, 3, 32, 32), 3_145_728: (16, 3, 256, 256)}
 LOOP_STEPS = 100
 
 
 class Measured(NamedTuple):
-    """The median seconds of each contender at a piece of work."""
+    """A piece of work: each contender's median seconds, and how many times as long as native."""
 
     work: str
     size: str
     seconds: dict[str, float]
+    over_native: dict[str, float]
 
 
 def measure(
@@ -59,13 +61,22 @@ def measure(
     for noise, work in ((True, "reverse step"), (False, "  without noise")):
         for elements, shape in shapes.items():
             steps = _verified_steps(tuple(shape), noise, device)
-            yield Measured(work, f"{elements:,}", side_by_side(steps, device, seconds))
+            yield _measured(work, f"{elements:,}", side_by_side(steps, device, seconds))
     for elements, shape in shapes.items():
         forwards = _verified_forwards(tuple(shape), device)
-        yield Measured("q_sample", f"{elements:,}", side_by_side(forwards, device, seconds))
+        yield _measured("q_sample", f"{elements:,}", side_by_side(forwards, device, seconds))
     loops = _verified_loops(loop_steps, device)
     size = f"{loop_steps} steps"
-    yield Measured("loop, three convolutions", size, side_by_side(loops, device, 2 * seconds))
+    yield _measured("loop, three convolutions", size, side_by_side(loops, device, 2 * seconds))
+
+
+def _measured(work: str, size: str, times: Mapping[str, list[float]]) -> Measured:
+    return Measured(
+        work,
+        size,
+        {name: median(rounds) for name, rounds in times.items()},
+        {name: median_ratio(rounds, times["native"]) for name, rounds in times.items()},
+    )
 
 
 def _verified_steps(
@@ -101,16 +112,16 @@ def table(results: Sequence[Measured]) -> str:
     """The results in columns: each time, and how many times as long as native it is."""
     columns = list(dict.fromkeys(name for result in results for name in result.seconds))
     lines = [f"{'':24}{'':>12}" + "".join(f"{name.replace('_', ' '):>20}" for name in columns)]
-    for work, size, seconds in results:
-        cells = [_cell(seconds.get(name), seconds["native"]) for name in columns]
-        lines.append(f"{work:24}{size:>12}" + "".join(f"{cell:>20}" for cell in cells).rstrip())
+    for result in results:
+        cells = "".join(f"{_cell(result, name):>20}" for name in columns)
+        lines.append(f"{result.work:24}{result.size:>12}{cells}".rstrip())
     return "\n".join(lines)
 
 
-def _cell(seconds: float | None, native: float) -> str:
-    if seconds is None:
+def _cell(result: Measured, name: str) -> str:
+    if name not in result.seconds:
         return ""
-    return f"{format_seconds(seconds)} {seconds / native:7.2f}"
+    return f"{format_seconds(result.seconds[name])} {result.over_native[name]:7.2f}"
 
 
 def format_seconds(seconds: float) -> str:

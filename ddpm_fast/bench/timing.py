@@ -1,13 +1,13 @@
 """Contenders measured side by side: in one process, in turns, by their medians.
 
 A machine's speed drifts by more than the differences that matter. Calls that take turns drift
-together, so the ratio of their medians holds where either one alone does not.
+together, so the ratio of two in one round holds where neither time does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -59,12 +59,17 @@ def rounds_within(seconds: float, calls: Mapping[Call, int], device: torch.devic
 
 def side_by_side(
     contenders: Mapping[str, Call], device: torch.device, seconds: float
-) -> dict[str, float]:
-    """Median seconds of a call of each contender, from rounds in which all of them take turns."""
+) -> dict[str, list[float]]:
+    """Seconds of a call of each contender, round by round; in each of them all take turns."""
     now = clock(device)
     calls = {call: calls_per_round(call, device) for call in contenders.values()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds_within(seconds, calls, device)):
         for name, call in contenders.items():
             times[name].append(seconds_per_call(call, calls[call], now))
-    return {name: median(values) for name, values in times.items()}
+    return times
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long as the other's a call takes: the median of the rounds' ratios."""
+    return median(a / b for a, b in zip(times, others, strict=True))

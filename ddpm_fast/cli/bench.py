@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_device(parser)
     parser.add_argument(
-        "--json", metavar="FILE", help="write the measurements there too, in seconds"
+        "--json", metavar="FILE", help="write the measurements there too, in seconds and ratios"
     )
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     progress = tqdm(bench.measure(device), disable=not sys.stderr.isatty(), leave=False)
     results = list(progress)
     print(f"ddpm_fast {machine['ddpm_fast']}, torch {machine['torch']}, on {machine['on']}")
-    print("median time of a call, and that over the native one's; measured in turns\n")
+    print("median time of a call, and of its ratio to the native one's in the same round\n")
     print(bench.table(results))
     if args.json is not None:
         rows = [result._asdict() for result in results]
