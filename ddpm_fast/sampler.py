@@ -272,6 +272,8 @@ class Sampler:
         self._options = [self._step_options(turn) for turn in range(_TURNS)]
         variance_of = self.shape[1] if self.table.reads_variance else None
         self._ready = partial(_ready, x=self.model_input, variance_of=variance_of)
+        self._begin_with_noise = self._beginning(sigma=1.0, stream=ops.STREAMS["initial"])
+        self._begin_where_x_is = self._beginning(mean_from_xt=1.0)
         self._advance = [
             ops.bound_reverse_step(self.x, self.rows, index, ready=self._ready, **options)
             for index, options in zip(self.step_index, self._options, strict=True)
@@ -353,12 +355,9 @@ class Sampler:
                 (asked, *sizes), dtype=model_dtype, device=self.device, memory_format=layout
             )
         self.model_input = self.x if self.next_input is None else self.next_input
-        # Where a chain is, its step and its timesteps, goes back to the start in one piece.
-        self.first_clock = self.rows.new_zeros(_TURNS + asked, dtype=torch.int64)
-        self.first_clock[_TURNS:] = self.table.timesteps[0]
-        self.clock = self.first_clock.clone()
-        self.step_index, self.t = self.clock[:_TURNS].unbind(), self.clock[_TURNS:]
-        self.seed, self.no_timestep = self.clock.new_zeros(2).unbind()
+        self.t = torch.empty(asked, dtype=torch.int64, device=self.device)
+        self.step_index = torch.zeros(_TURNS, dtype=torch.int64, device=self.device).unbind()
+        self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self.first_index = 0
         self.sample_index = torch.arange(batch, device=self.device)
 
@@ -375,6 +374,24 @@ class Sampler:
         self.cond_fn = cond_fn
         if cond_fn is not None:
             self.score_coefs = score_coefs(self.diffusion, table).to(self.rows)
+
+    def _beginning(self, **coefs: float) -> Callable[[Any], object]:
+        """A step before the first, from x to x by the coefficients of a row; it reads no output."""
+        row = self.rows.new_tensor([[coefs.get(name, 0.0) for name in ops.ROW]])
+        draws_noise = "sigma" in coefs
+        return ops.bound_reverse_step(
+            self.x,
+            torch.cat([self.rows[:1], row]),  # from the second row to the first
+            torch.ones_like(self.seed),
+            ready=lambda x: x,
+            seed=self.seed if draws_noise else None,
+            sample_index=self.sample_index if draws_noise else None,
+            clip=None,
+            next_input=self.next_input,
+            next_step=self.step_index[0],
+            next_t=self.t,
+            backend=self.backend,
+        )
 
     def _checked_known(
         self, known: Tensor | None, mask: Tensor | None
@@ -422,10 +439,14 @@ class Sampler:
                 self.first_index = first
 
         self._hand_over(kwargs)
-        self.x.copy_(self._initial_noise(generator) if x_T is None else x_T.detach())
-        if self.next_input is not None:
-            self.next_input.view(-1, *self.shape).copy_(self.x)
-        self.clock.copy_(self.first_clock)
+        if x_T is not None:
+            self.x.copy_(x_T.detach())
+        elif generator is not None:
+            self.x.copy_(self._randn(generator))
+        else:
+            self._begin_with_noise(self.x)
+            return
+        self._begin_where_x_is(self.x)
 
     def _check_start(self, x_T: Tensor) -> None:
         check_is_tensor("x_T", x_T)
@@ -460,19 +481,6 @@ class Sampler:
                 return
             self._graphs = {}
         self.kwargs = kwargs
-
-    def _initial_noise(self, generator: torch.Generator | None) -> Tensor:
-        if generator is not None:
-            return self._randn(generator)
-        return ops.philox_normal(
-            self.shape,
-            seed=self.seed,
-            sample_index=self.sample_index,
-            timestep=self.no_timestep,
-            stream=ops.STREAMS["initial"],
-            dtype=self.x.dtype,
-            backend=self.backend,
-        )
 
     def _randn(self, generator: torch.Generator) -> Tensor:
         where = generator.device

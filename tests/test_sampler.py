@@ -74,6 +74,13 @@ def test_a_sampler_draws_from_any_index_in_any_order(device: torch.device, backe
         assert torch.equal(run(seed=0, first_index=first), expected)
 
 
+def test_a_chain_sees_nothing_of_the_one_before(device: torch.device, backend: str) -> None:
+    options: dict[str, Any] = {"device": device, "backend": backend}
+    run = Sampler(GaussianModel(DIFFUSION), SHAPE, diffusion=DIFFUSION, **options)
+    assert run(x_T=torch.full(SHAPE, torch.nan)).isnan().all()
+    assert torch.equal(run(seed=0), draw(**options))
+
+
 def test_native_and_reference_draw_the_same_pictures(device: torch.device, native: str) -> None:
     ours = draw(backend=native, device=device)
     torch.testing.assert_close(ours, draw(backend="reference", device=device), rtol=0, atol=2e-5)
