@@ -3,7 +3,7 @@
 // as data out of the caches, that would take longer than the kernel.
 #pragma once
 
-#include <vector>
+#include <ATen/core/DimVector.h>
 
 #include "reverse_step_op.h"
 
@@ -17,8 +17,8 @@ struct RerunRegistration {
 
 class Rerun {
  public:
-  // Whether the output is like the last one, in memory of its own, and the dispatcher would lead
-  // straight to the kernel.
+  // Whether the output is like the last one, in memory of its own, the steps choose rows that there
+  // are, and the dispatcher would lead straight to the kernel.
   bool serves(const ReverseStep& a) const;
   void operator()(const ReverseStep& a) const;
   // Called behind a step that went through the dispatcher and all checks.
@@ -28,7 +28,11 @@ class Rerun {
   RunOn run_on;
   at::ScalarType dtype = at::kFloat;
   c10::Device device = at::kCPU;
-  std::vector<int64_t> sizes, strides;
+  at::DimVector sizes, strides;
+  Index step;
+  int64_t steps_to_check = 0, num_rows = 0;  // none where they lie on a device
+
+  bool choose_rows() const;
 };
 
 }  // namespace ddpm_fast

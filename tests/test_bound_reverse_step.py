@@ -167,13 +167,14 @@ def test_an_output_that_overlaps_what_is_written_is_refused(
             advance(memory[:2])
 
 
-def test_a_step_out_of_range_is_refused(backend: str) -> None:
-    case = reverse_step_case()
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_step_out_of_range_is_refused(per_sample: bool, backend: str) -> None:
+    case = reverse_step_case(per_sample=per_sample)
     advance, _ = bound(case, backend)
     with torch.inference_mode():
         advance(case.args[1])
         for step in (5, -1):
-            case.args[3].fill_(step)
+            case.args[3].view(-1)[-1] = step
             sentence = f"reverse_step: step must lie in [0, 4]; got {step}"
             with pytest.raises(IndexError, match=f"^{re.escape(sentence)}$"):
                 advance(case.args[1])
