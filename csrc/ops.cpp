@@ -99,15 +99,6 @@ void reverse_step_in_place(Tensor& x_t, const Tensor& model_output, const Tensor
           next_t);
 }
 
-Tensor philox_normal(c10::SymIntArrayRef size, const Tensor& seed, const Tensor& sample_index,
-                     const Tensor& timestep, int64_t stream, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ddpm_fast::philox_normal", "")
-                             .typed<decltype(philox_normal)>();
-  const py::gil_scoped_release no_gil;
-  return op.call(size, seed, sample_index, timestep, stream, dtype);
-}
-
 // reverse_step_ with all but the model_output settled beforehand, and `ready` to make of what a
 // network returned a tensor that the op can take.
 struct BoundReverseStep {
@@ -180,6 +171,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of ddpm_fast; importing it registers torch.ops.ddpm_fast.";
   m.def("build_info", &build_info, "What the extension was compiled against and with.");
   m.def("reverse_step_", &reverse_step_in_place, "torch.ops.ddpm_fast.reverse_step_.");
-  m.def("philox_normal", &philox_normal, "torch.ops.ddpm_fast.philox_normal.default.");
   m.def("bound_reverse_step", &bound_reverse_step, "See ddpm_fast.ops.bound_reverse_step.");
 }

@@ -366,9 +366,7 @@ def philox_normal(
     """
     if not serves_natively(seed.device, backend):
         return reference.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
-    traced = torch.compiler.is_compiling()
-    draw = _native.philox_normal.default if traced else _extension.module.philox_normal
-    normals: Tensor = draw(shape, seed, sample_index, timestep, stream, dtype)
+    normals: Tensor = _native.philox_normal(shape, seed, sample_index, timestep, stream, dtype)
     return normals
 
 
