@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,6 +179,25 @@ STEP = bench.Measured(
     {"textbook": 3e-5, "native": 1e-5},
     {"textbook": 3.1, "native": 1.0},
 )
+
+
+@needs_native
+def test_a_row_is_recorded(tmp_path: Path) -> None:
+    """By pytest-benchmark, with many calls a round."""
+    path = tmp_path / "rows.json"
+    row = "test_q_sample_speed.py::test_q_sample[noise-3072-float32-cpu-in_place]"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", f"benchmarks/{row}", "-q", "-p", "no:cacheprovider"]
+        + ["--benchmark-only", f"--benchmark-json={path}"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    (recorded,) = json.loads(path.read_text())["benchmarks"]
+    assert recorded["stats"]["iterations"] > 1
+    over = recorded["extra_info"]["over"]
+    assert over.keys() == {"native", "copy"} and all(value > 0 for value in over.values())
 
 
 def test_table() -> None:
