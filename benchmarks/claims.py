@@ -185,6 +185,14 @@ CLAIMS = [
         0.85,
         unit=SHARE,
     ),
+    Claim(
+        "reverse step, float32 beside a bfloat16 network, 512 MiB, share of the copy bandwidth",
+        "cuda",
+        NOISE | {"kind": "bfloat16_network", "contender": "native"},
+        copy_share,
+        0.92,
+        unit=SHARE,
+    ),
     *(
         Claim(
             f"reverse step, float32, 256 MiB, against {name}",

@@ -31,7 +31,10 @@ KINDS = ("noise", "no_noise", "guided")
 
 @dataclass(frozen=True)
 class Case:
-    """A size to measure an op at; its kind is "noise", "no_noise" or "guided" (with noise)."""
+    """A size to measure an op at.
+
+    Its kind is "noise", "no_noise", "guided" (with noise) or "bfloat16_network" (with noise).
+    """
 
     elements: int
     dtype: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,9 +69,27 @@ def test_floor(race: Race, case: Case, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(Case(3_072, "float32", "cuda"), marks=marks("cuda", short=True))]
-)
+def one_case(*case: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [pytest.param(Case(*case), marks=marks("cuda", True))])
+
+
+@one_case(134_217_728, "float32", "cuda", "bfloat16_network")
+def test_step_beside_a_network_in_bfloat16(race: Race, case: Case) -> None:
+    """As the sampler steps with ``precision="bf16"``: the state stays float32."""
+    problem = problem_of(case)
+    problem = replace(problem, model_output=problem.model_output.bfloat16())
+    step = native(problem)
+    check_step(problem, step, drawn_by="counter")
+    race(
+        step,
+        beside(problem),
+        moved=problem.bytes,
+        copied=2 * size_of(problem),
+        **facts_of(case, "native"),
+    )
+
+
+@one_case(3_072, "float32", "cuda")
 def test_step_in_a_graph(race: Race, case: Case) -> None:
     problem = problem_of(case)
     step, steps_in_a_graph = native(problem), contenders.native_graph(problem)
