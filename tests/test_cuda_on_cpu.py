@@ -22,7 +22,7 @@ from ddpm_fast import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("reverse_step", "bound_reverse_step", "q_sample", "philox", "parity", "sampler", "editing")
-# So that less is a large batch, which takes several launches, vectors a thread, or turns a thread.
+# So that less is a large batch, which takes several launches or vectors a thread.
 SIZES = {
     "kMaxItems = int64_t{1} << 31": "kMaxItems = 1 << 17",
     "kManyElements = int64_t{1} << 20": "kManyElements = 1 << 12",

@@ -1,7 +1,6 @@
 // A batch is cut into items, an item a thread: a few elements of one sample that are neighbours in
-// logical order, as the noise is drawn for four such at a time, and in a large batch the next few
-// after those. Three kinds of item tell how the layout of the tensors lets a thread reach its
-// elements.
+// logical order, as the noise is drawn for four such at a time, and in a large batch several times
+// as many. Three kinds of item tell how the layout of the tensors lets a thread reach its elements.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -69,37 +68,18 @@ DDPM_HOST_DEVICE void convert(const From (&from)[kVec], To (&to)[kVec]) {
 }
 
 // kCount vectors of neighbours in memory too, moved in accesses of 16 bytes. Between the vectors of
-// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous. A
-// warp takes up to kTurns such runs of memory, one after the other; the last warp of a sample may
-// find fewer left.
-template <int kLength, int kCount, int kTurns>
+// one thread lie those of its warp's other threads, so that the warp's accesses are contiguous.
+template <int kLength, int kCount>
 struct VectorItem {
   static constexpr int kVec = kLength * kCount;
-  static constexpr int kWarpTurn = kWarp * kVec;
   uint32_t sample;
-  int turns_left;
   int64_t first;
 
-  static int64_t per_sample(const Shape& shape) {
-    if (kTurns == 1) return shape.elements() / kVec;
-    return (shape.elements() / kWarpTurn + kTurns - 1) / kTurns * kWarp;
-  }
+  static int64_t per_sample(const Shape& shape) { return shape.elements() / kVec; }
   static int64_t divisor(const Shape&) { return 1; }
 
-  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape& shape, Divider)
-      : sample(sample) {
-    const int64_t first_turn = int64_t{number / kWarp} * kTurns;
-    const int64_t turns_ahead = shape.elements() / kWarpTurn - first_turn;
-    turns_left = turns_ahead < kTurns ? static_cast<int>(turns_ahead) : kTurns;
-    first = first_turn * kWarpTurn + number % kWarp * kLength;
-  }
-
-  // Moves on to the next turn, if there is one.
-  DDPM_HOST_DEVICE bool next() {
-    if (kTurns == 1 || --turns_left == 0) return false;
-    first += kWarpTurn;
-    return true;
-  }
+  DDPM_HOST_DEVICE VectorItem(uint32_t sample, uint32_t number, const Shape&, Divider)
+      : sample(sample), first(int64_t{number / kWarp} * kWarp * kVec + number % kWarp * kLength) {}
 
   // Of element i from the first.
   static DDPM_HOST_DEVICE constexpr int distance(int i) {
@@ -164,8 +144,6 @@ struct PixelItem {
     first = channel * shape.pixels + pixel;
   }
 
-  DDPM_HOST_DEVICE bool next() { return false; }
-
   static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
 
   DDPM_HOST_DEVICE PixelItem in_variance(const Shape& shape) const {
@@ -209,8 +187,6 @@ struct ElementItem {
     const int64_t left = shape.elements() - first;
     size = left < kVec ? static_cast<int>(left) : kVec;
   }
-
-  DDPM_HOST_DEVICE bool next() { return false; }
 
   static DDPM_HOST_DEVICE constexpr int distance(int i) { return i; }
 
@@ -272,10 +248,16 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
   }
 }
 
-// A body says what for_each_item() has a thread do in a large batch, kVectors at once and kTurns
-// one after the other, and to how many blocks on a multiprocessor its registers are to be cut.
+// A body says how many vectors a thread takes in a large batch. One that takes several gets
+// registers for them, as few as keep a multiprocessor busy with other threads' work.
+template <class Body, class Item>
+constexpr int min_blocks() {
+  if (Body::kVectors == 1) return 1;
+  return Item::kVec > 16 ? 4 : 6;
+}
+
 template <class Body, class Item, class Kernel>
-__global__ void __launch_bounds__(kThreads, Body::kBlocks)
+__global__ void __launch_bounds__(kThreads, min_blocks<Body, Item>())
     item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
                 Divider divider) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
@@ -308,16 +290,11 @@ constexpr int kVectorLength = sizeof(State) < 4 ? 8 : 4;
 // A batch of fewer elements is better spread over more threads than handled by busier ones.
 constexpr int64_t kManyElements = int64_t{1} << 20;
 
-// Several turns share what a thread asks and computes for its sample, but they leave fewer blocks
-// to keep all multiprocessors busy to the end. Float32 is bound by memory, and gains nothing.
-constexpr int64_t kElementsForTurns = 64 * kManyElements;
-
 // run_items(), with the items that suit the layouts of all the views that the body reads or writes.
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = kVectorLength<State>;
   constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
-  constexpr int kTurns = sizeof(State) < 4 ? Body::kTurns : 1;
   const Shape& shape = kernel.shape;
   const int64_t elements = shape.samples * shape.elements();
   if (!(vectorises<kLength>(views, shape) && ...)) {
@@ -327,11 +304,9 @@ void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... vi
       run_items<Body, ElementItem>(kernel, stream);
     }
   } else if (elements < kManyElements || shape.elements() % (kWarp * kLength * kCount) != 0) {
-    run_items<Body, VectorItem<kLength, 1, 1>>(kernel, stream);
-  } else if (elements < kElementsForTurns) {
-    run_items<Body, VectorItem<kLength, kCount, 1>>(kernel, stream);
+    run_items<Body, VectorItem<kLength, 1>>(kernel, stream);
   } else {
-    run_items<Body, VectorItem<kLength, kCount, kTurns>>(kernel, stream);
+    run_items<Body, VectorItem<kLength, kCount>>(kernel, stream);
   }
 }
 

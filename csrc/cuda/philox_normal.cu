@@ -6,7 +6,7 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct PhiloxNormalBody {
-  static constexpr int kBlocks = 1;
+  static constexpr int kVectors = 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
@@ -28,7 +28,7 @@ template <class State>
 void launch(const PhiloxNormalKernel<State>& kernel, cudaStream_t stream) {
   constexpr int kLength = kVectorLength<State>;
   if (vectorises<kLength>(kernel.out, kernel.shape)) {
-    run_items<PhiloxNormalBody, VectorItem<kLength, 1, 1>>(kernel, stream);
+    run_items<PhiloxNormalBody, VectorItem<kLength, 1>>(kernel, stream);
   } else {
     run_items<PhiloxNormalBody, ElementItem>(kernel, stream);
   }

@@ -8,7 +8,7 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct QSampleBody {
-  static constexpr int kVectors = 1, kTurns = 1, kBlocks = 1;
+  static constexpr int kVectors = 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {

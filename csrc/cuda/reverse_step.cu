@@ -17,74 +17,48 @@ bool is_plain(const K& k) {
          !k.next_input.present();
 }
 
-// What a thread asks once, for all its turns.
-template <class T>
-struct Asked {
-  int64_t step;
-  StepRow<T> row;
-  bool draws, noisy;
-  NoiseKey key;
-};
-
 template <bool kPlain>
 struct ReverseStepBody {
-  static constexpr int kVectors = kPlain ? 2 : 1, kTurns = kPlain ? 8 : 1;
-  static constexpr int kBlocks = kPlain ? 6 : 1;
+  static constexpr int kVectors = kPlain ? 4 : 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
-    using T = typename K::T;
     const int64_t step = k.step[item.sample];
-    const Loaded<K, Item> first(k, item);
+    // Under way, and not asked for until the noise is ready.
+    typename K::State x_t[Item::kVec];
+    typename K::Output output[Item::kVec];
+    item.load(k.x_t, x_t);
+    item.load(k.model_output, output);
     CUDA_KERNEL_ASSERT(static_cast<uint64_t>(step) < static_cast<uint64_t>(k.num_rows) &&
                        "reverse_step: step is out of range");
-    const StepRow<T> row = k.row(step);
-    // Without a choice here, the row is read at once; a sigma of 0 adds nothing anyway.
-    const bool draws = kPlain || k.draws_noise(row), noisy = draws || k.reads_noise(row);
-    const NoiseKey key = draws ? k.noise_key(item.sample, row) : NoiseKey(0, 0, 0, 0);
-    const Asked<T> asked{step, row, draws, noisy, key};
-    // Chosen before the turns: within them, a branch would part the noise from the step.
-    is_usual(row) ? take_turns<true>(k, item, asked, first)
-                  : take_turns<false>(k, item, asked, first);
+    const StepRow<typename K::T> row = k.row(step);
+    // Chosen before the noise is drawn: a branch behind it would part the noise from the step.
+    is_usual(row) ? move_on<true>(k, item, step, row, x_t, output)
+                  : move_on<false>(k, item, step, row, x_t, output);
     if (item.first == 0) k.advance(item.sample);
   }
 
-  // What has been loaded, here and for the next turn, is under way, and not yet asked for, until
-  // the noise is ready.
-  template <class K, class Item>
-  struct Loaded {
-    typename K::State x_t[Item::kVec];
-    typename K::Output output[Item::kVec];
-
-    DDPM_HOST_DEVICE Loaded(const K& k, const Item& item) {
-      item.load(k.x_t, x_t);
-      item.load(k.model_output, output);
+  // From what has been loaded to x_prev.
+  template <bool kUsual, class K, class Item, class T, class State, class Output, int kVec>
+  static DDPM_HOST_DEVICE void move_on(const K& k, const Item& item, int64_t step,
+                                       const StepRow<T>& row, const State (&x_t)[kVec],
+                                       const Output (&output)[kVec]) {
+    // Without a choice here, the row is read at once; a sigma of 0 adds nothing anyway.
+    const bool draws = kPlain || k.draws_noise(row), noisy = draws || k.reads_noise(row);
+    T x[kVec], out[kVec], noise[kVec];
+    if (draws) {
+      draw_normals(k.noise_key(item.sample, row), item, noise);
+    } else if (noisy) {
+      item.load(k.noise, noise);
     }
-  };
-
-  template <bool kUsual, class K, class Item, class T>
-  static DDPM_HOST_DEVICE void take_turns(const K& k, Item item, const Asked<T>& asked,
-                                          Loaded<K, Item> loaded) {
-    const StepRow<T>& row = asked.row;
-    while (true) {
-      T x[Item::kVec], out[Item::kVec], noise[Item::kVec];
-      if (asked.draws) {
-        draw_normals(asked.key, item, noise);
-      } else if (asked.noisy) {
-        item.load(k.noise, noise);
-      }
-      convert(loaded.x_t, x);
-      convert(loaded.output, out);
-      if (!kPlain && k.guidance.present()) guide_output(k, item, asked.step, out);
-      take_step<kUsual>(k, item, row, out, x);
-      if (kPlain || (asked.noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
-      if (!kPlain && k.known.present()) restore_known(k, item, row, asked.noisy, noise, x);
-      item.store(k.out, x);
-      if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
-
-      if (!item.next()) break;
-      loaded = Loaded<K, Item>(k, item);
-    }
+    convert(x_t, x);
+    convert(output, out);
+    if (!kPlain && k.guidance.present()) guide_output(k, item, step, out);
+    take_step<kUsual>(k, item, row, out, x);
+    if (kPlain || (noisy && row.sigma != T(0))) add_noise(k, item, row, noise, x);
+    if (!kPlain && k.known.present()) restore_known(k, item, row, noisy, noise, x);
+    item.store(k.out, x);
+    if (!kPlain && k.next_input.present()) store_next_input(k, item, x);
   }
 
   // x_t becomes the mean of x_prev.
