@@ -248,16 +248,13 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
   }
 }
 
-// A body says how many vectors a thread takes in a large batch. One that takes several gets
-// registers for them, as few as keep a multiprocessor busy with other threads' work.
+// A body says how many vectors of a State a thread takes in a large batch, and how many blocks with
+// such an Item a multiprocessor is to hold at once, which limits the registers of their threads.
 template <class Body, class Item>
-constexpr int min_blocks() {
-  if (Body::kVectors == 1) return 1;
-  return Item::kVec > 16 ? 4 : 6;
-}
+constexpr int kBlocks = Body::template kBlocks<Item>;
 
 template <class Body, class Item, class Kernel>
-__global__ void __launch_bounds__(kThreads, min_blocks<Body, Item>())
+__global__ void __launch_bounds__(kThreads, kBlocks<Body, Item>)
     item_kernel(const Kernel kernel, uint32_t first_sample, uint32_t items, Divider per_sample,
                 Divider divider) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
@@ -294,7 +291,7 @@ constexpr int64_t kManyElements = int64_t{1} << 20;
 template <class Body, class State, class Kernel, class... Views>
 void for_each_item(const Kernel& kernel, cudaStream_t stream, const Views&... views) {
   constexpr int kLength = kVectorLength<State>;
-  constexpr int kCount = sizeof(State) <= 4 ? Body::kVectors : 1;
+  constexpr int kCount = Body::template kVectors<State>;
   const Shape& shape = kernel.shape;
   const int64_t elements = shape.samples * shape.elements();
   if (!(vectorises<kLength>(views, shape) && ...)) {

@@ -6,7 +6,8 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct PhiloxNormalBody {
-  static constexpr int kVectors = 1;
+  template <class Item>
+  static constexpr int kBlocks = 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {

@@ -8,7 +8,10 @@ namespace ddpm_fast::cuda {
 namespace {
 
 struct QSampleBody {
+  template <class State>
   static constexpr int kVectors = 1;
+  template <class Item>
+  static constexpr int kBlocks = 1;
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {

@@ -19,7 +19,11 @@ bool is_plain(const K& k) {
 
 template <bool kPlain>
 struct ReverseStepBody {
-  static constexpr int kVectors = kPlain ? 4 : 1;
+  // As measured on an H200. What asks for more has no registers for four vectors of 16-bit numbers.
+  template <class State>
+  static constexpr int kVectors = sizeof(State) == 4 || (kPlain && sizeof(State) == 2) ? 4 : 1;
+  template <class Item>
+  static constexpr int kBlocks = kPlain ? (Item::kVec > 16 ? 4 : 6) : (Item::kVec == 16 ? 5 : 1);
 
   template <class K, class Item>
   static DDPM_HOST_DEVICE void run(const K& k, const Item& item) {
@@ -32,7 +36,6 @@ struct ReverseStepBody {
     CUDA_KERNEL_ASSERT(static_cast<uint64_t>(step) < static_cast<uint64_t>(k.num_rows) &&
                        "reverse_step: step is out of range");
     const StepRow<typename K::T> row = k.row(step);
-    // Chosen before the noise is drawn: a branch behind it would part the noise from the step.
     is_usual(row) ? move_on<true>(k, item, step, row, x_t, output)
                   : move_on<false>(k, item, step, row, x_t, output);
     if (item.first == 0) k.advance(item.sample);
