@@ -149,6 +149,22 @@ def test_what_else_is_written_does_not_matter(
     assert_plain_step_is_the_same(case, native)
 
 
+@pytest.mark.parametrize(("dtype", "output_dtype"), DTYPE_PAIRS)
+@pytest.mark.parametrize("shape", LARGE)
+def test_a_large_batch_matches_reference(
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    native: str,
+) -> None:
+    """With all that a step can read beside x_t and the output."""
+    names = ("learned", "x0_prev", "per_sample", "guided", "rescaled", "thresholded", "masked")
+    options: dict[str, Any] = {"dtype": dtype, "output_dtype": output_dtype, "device": device}
+    case = reverse_step_case(shape, noise="drawn", **options, **dict.fromkeys(names, True))
+    assert_native_matches(case)
+
+
 @needs_native
 @given(cases())
 def test_drawn_noise_is_philox_normal(case: ReverseStepCase) -> None:
