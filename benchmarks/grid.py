@@ -52,6 +52,9 @@ class Case:
         return {"dtype": getattr(torch, self.dtype), "device": torch.device(self.device)}
 
 
+# As the sampler steps with precision="bf16": the state stays float32.
+BFLOAT16_NETWORK = Case(134_217_728, "float32", "cuda", "bfloat16_network")
+
 # The short run: nearly every size on the CPU with noise, one or two of all else.
 SHORT = {
     *(Case(elements, "float32", "cpu") for elements in SIZES["cpu"] if elements != 1_048_576),
@@ -64,6 +67,7 @@ SHORT = {
     Case(134_217_728, "bfloat16", "cuda"),
     Case(67_108_864, "float32", "cuda", "no_noise"),
     Case(67_108_864, "float32", "cuda", "guided"),
+    BFLOAT16_NETWORK,
 }
 
 
@@ -76,11 +80,16 @@ def cases(kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
 def grid(contenders: Iterable[str], kinds: tuple[str, ...] = KINDS) -> list[Any]:
     """Every case with every contender that has a part in it."""
     return [
-        pytest.param(case, name, id=f"{case}-{name}", marks=marks(case.device, case in SHORT))
+        row(case, name)
         for case in cases(kinds)
         for name in contenders
         if case.kind in KINDS_OF.get(name, KINDS)
     ]
+
+
+def row(case: Case, name: str) -> Any:
+    """One contender's part in one case."""
+    return pytest.param(case, name, id=f"{case}-{name}", marks=marks(case.device, case in SHORT))
 
 
 def marks(device: str, short: bool) -> list[pytest.MarkDecorator]:

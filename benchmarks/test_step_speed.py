@@ -13,12 +13,15 @@ from conftest import Race
 from contenders import FLOORS, GRAPH_STEPS, STEPS
 from ddpm_fast.bench.checking import check_step
 from ddpm_fast.bench.contenders import StepProblem, native, step_problem
-from grid import Case, grid, marks
+from grid import BFLOAT16_NETWORK, Case, grid, marks, row
 
 
 def problem_of(case: Case) -> StepProblem:
     noise, guided = case.kind != "no_noise", case.kind == "guided"
-    return step_problem(case.shape, noise=noise, guided=guided, **case.options())
+    problem = step_problem(case.shape, noise=noise, guided=guided, **case.options())
+    if case.kind != "bfloat16_network":
+        return problem
+    return replace(problem, model_output=problem.model_output.bfloat16())
 
 
 def facts_of(case: Case, contender: str) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def size_of(problem: StepProblem) -> int:
     return problem.x_t.numel() * problem.x_t.element_size()
 
 
-@pytest.mark.parametrize(("case", "name"), grid(STEPS))
+@pytest.mark.parametrize(("case", "name"), [*grid(STEPS), row(BFLOAT16_NETWORK, "native")])
 def test_step(race: Race, case: Case, name: str) -> None:
     problem = problem_of(case)
     step = STEPS[name].prepare(problem)
@@ -69,27 +72,9 @@ def test_floor(race: Race, case: Case, name: str) -> None:
     )
 
 
-def one_case(*case: Any) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(Case(*case), marks=marks("cuda", True))])
-
-
-@one_case(134_217_728, "float32", "cuda", "bfloat16_network")
-def test_step_beside_a_network_in_bfloat16(race: Race, case: Case) -> None:
-    """As the sampler steps with ``precision="bf16"``: the state stays float32."""
-    problem = problem_of(case)
-    problem = replace(problem, model_output=problem.model_output.bfloat16())
-    step = native(problem)
-    check_step(problem, step, drawn_by="counter")
-    race(
-        step,
-        beside(problem),
-        moved=problem.bytes,
-        copied=2 * size_of(problem),
-        **facts_of(case, "native"),
-    )
-
-
-@one_case(3_072, "float32", "cuda")
+@pytest.mark.parametrize(
+    "case", [pytest.param(Case(3_072, "float32", "cuda"), marks=marks("cuda", short=True))]
+)
 def test_step_in_a_graph(race: Race, case: Case) -> None:
     problem = problem_of(case)
     step, steps_in_a_graph = native(problem), contenders.native_graph(problem)

@@ -250,6 +250,7 @@ DDPM_HOST_DEVICE void draw_normals(const NoiseKey& key, const Item& item, T (&in
 
 // A body says how many vectors of a State a thread takes in a large batch, and how many blocks with
 // such an Item a multiprocessor is to hold at once, which limits the registers of their threads.
+// (Here, as nvcc takes no member template where launch bounds stand.)
 template <class Body, class Item>
 constexpr int kBlocks = Body::template kBlocks<Item>;
 
